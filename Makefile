@@ -1,0 +1,138 @@
+# Every target sets up what it needs in .venv, from a bare clone on; nothing outside is touched.
+#
+#   make test PYTHON=python3.12          another Python (3.10 or later)
+#   make demo DEMO_ARGS="--model ..."    arguments of vattn.demo
+#   make test-py PYTEST_ARGS="-k step"   arguments of pytest
+
+PYTHON ?= python3
+CXX ?= g++
+JOBS ?= $(shell nproc)
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+say = @printf '\n==> %s\n' $(1)
+
+# A directory's time changes when a file in it comes or goes.
+CSRC := $(shell find csrc -type d -o -name '*.h' -o -name '*.cc')
+# The folders to lint that are there.
+PY_DIRS := $(wildcard setup.py vattn tests benchmarks docs)
+CPP_DIRS := $(wildcard csrc tests/cpp tests/libcuda_double)
+CPP_FILES = $(shell find $(CPP_DIRS) -name '*.h' -o -name '*.cc')
+
+.PHONY: help compiler setup test demo lint format test-cpp test-py bench dist-check clean distclean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# One stage after the other: they share the output, and each uses all cores by itself.
+.NOTPARALLEL:
+
+help:
+	@echo 'make test        everything that must pass: lint, C++ tests under sanitizers, Python tests'
+	@echo 'make demo        generate text with a vattn cache and draw what its memory did'
+	@echo 'make bench       what one step() costs'
+	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
+	@echo 'make format      let ruff and clang-format rewrite the files'
+	@echo 'make test-cpp    C++ tests under ASan+UBSan, then under TSan'
+	@echo 'make test-py     Python tests'
+	@echo 'make dist-check  build the sdist, the wheel from it, and import that without torch'
+	@echo 'make setup       the environment and the extension only'
+	@echo 'make clean       remove build products; make distclean also removes $(VENV)'
+
+# Set-up. Each stage leaves a stamp in .venv, so it is redone only when what it depends on changed.
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo 'There is no $(PYTHON); install Python 3.10 or later, or say make PYTHON=<path>.' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'vattn needs Python 3.10 or later; $(PYTHON) is '"$$($(PYTHON) -V 2>&1)"'; say make PYTHON=<path>.' >&2; exit 1; }
+	$(call say,'Creating $(VENV)')
+	@$(PYTHON) -m venv --clear $(VENV) || \
+	  { echo '$(PYTHON) cannot make a venv; on Debian and Ubuntu install python3-venv.' >&2; exit 1; }
+	@touch $@
+
+# torch alone and first: it is by far the longest download.
+$(VENV)/.torch: requirements-dev.txt | $(VENV)/.created
+	$(call say,"Installing $$(grep '^torch==' requirements-dev.txt): this is the long one")
+	@$(PIP) "$$(grep '^torch==' requirements-dev.txt)"
+	@touch $@
+
+$(VENV)/.tools: requirements-dev.txt $(VENV)/.torch
+	$(call say,'Installing the pinned tools')
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# Without build isolation: the pinned setuptools and pybind11 build it, not the newest ones. -v shows
+# the compiler's messages, and that something is going on.
+$(VENV)/.extension: pyproject.toml setup.py $(CSRC) $(VENV)/.tools | compiler
+	$(call say,'Compiling vattn._C')
+	@CXX='$(CXX)' CXXFLAGS='-Werror' $(PIP) -v --no-build-isolation --no-deps -e .
+	@touch $@
+
+compiler:
+	@command -v $(CXX) >/dev/null || \
+	  { echo 'There is no C++ compiler $(CXX); on Debian and Ubuntu install g++.' >&2; exit 1; }
+
+setup: $(VENV)/.extension
+
+# Checks.
+
+test: lint test-cpp test-py
+	$(call say,'All passed')
+
+lint: $(VENV)/.tools
+	$(call say,'ruff')
+	@$(BIN)/ruff check $(PY_DIRS)
+	@$(BIN)/ruff format --check $(PY_DIRS)
+	$(call say,'mypy')
+	@$(BIN)/mypy
+	$(call say,'clang-format')
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.tools
+	@$(BIN)/ruff check --fix-only $(PY_DIRS)
+	@$(BIN)/ruff format $(PY_DIRS)
+	@$(BIN)/clang-format -i $(CPP_FILES)
+
+test-cpp: compiler
+	$(call say,'C++ tests under ASan and UBSan')
+	@$(MAKE) -C tests/cpp test MODE=asan -j$(JOBS)
+	$(call say,'C++ tests under TSan')
+	@$(MAKE) -C tests/cpp test MODE=tsan -j$(JOBS)
+
+test-py: $(VENV)/.extension
+	$(call say,'The libcuda double that the Python tests use')
+	@$(MAKE) -C tests/cpp double -j$(JOBS)
+	$(call say,'Python tests')
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What users get: the sdist must hold all that the wheel needs, and the wheel must import in an
+# environment that has nothing else in it.
+dist-check: $(VENV)/.tools
+	$(call say,'Building the sdist and from it the wheel')
+	@rm -rf build/dist build/dist-venv
+	@$(BIN)/python -m build --no-isolation --outdir build/dist
+	$(call say,'Importing the wheel where there is no torch')
+	@$(BIN)/python -m venv build/dist-venv
+	@build/dist-venv/bin/python -m pip --disable-pip-version-check install --no-index build/dist/*.whl
+	@cd build && dist-venv/bin/python -W error -c \
+	  'import vattn, vattn._C; print("vattn", vattn.__version__, "from", vattn._C.__file__)'
+
+# Uses.
+
+demo: $(VENV)/.extension
+	$(call say,'Demo')
+	@$(BIN)/python -m vattn.demo $(DEMO_ARGS)
+
+bench: $(VENV)/.extension
+	@$(BIN)/python benchmarks/step_latency.py $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info vattn/*.so $(VENV)/.extension
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find vattn tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

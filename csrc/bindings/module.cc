@@ -1,0 +1,218 @@
+// vattn._C: what Python sees of the core. Thin: names and docstrings live in vattn/*.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "base/errors.h"
+#include "base/log.h"
+#include "bindings/seq_lens.h"
+#include "bindings/tensor.h"
+#include "driver/cuda_driver.h"
+#include "driver/fault_driver.h"
+#include "driver/host_driver.h"
+#include "driver/tracing_driver.h"
+
+namespace py = pybind11;
+
+namespace vattn {
+namespace {
+
+// A pool and the decorators of its driver. faults is null unless asked for.
+struct PyPool {
+  std::shared_ptr<Pool> pool;
+  std::shared_ptr<TracingDriver> trace;
+  std::shared_ptr<FaultDriver> faults;
+
+  FaultDriver& checked_faults() const {
+    if (faults == nullptr) {
+      throw std::invalid_argument("this pool has no fault injection; make it with inject_faults");
+    }
+    return *faults;
+  }
+};
+
+// page_bytes == 0: the driver's granularity (CUDA only).
+PyPool open_pool(const std::string& device_type, int device_index, size_t page_bytes,
+                 size_t max_extent_bytes, size_t memory_bytes, bool inject) {
+  const bool cuda = device_type == "cuda";
+  std::shared_ptr<VmmDriver> driver =
+      cuda ? open_cuda_driver(device_index) : open_host_driver(page_bytes);
+  if (page_bytes == 0) page_bytes = driver->page_bytes();
+  PyPool result;
+  if (inject) driver = result.faults = inject_faults(driver);
+  result.trace = trace_driver(driver);
+  result.pool = std::make_shared<Pool>(result.trace, page_bytes, max_extent_bytes, memory_bytes);
+  return result;
+}
+
+py::dict to_dict(const CallTable& table) {
+  constexpr std::array<const char*, kNumCallOrigins> kOrigins = {"other", "step", "background"};
+  py::dict by_origin;
+  for (size_t origin = 0; origin < kNumCallOrigins; ++origin) {
+    py::dict by_call;
+    for (size_t call = 0; call < kNumDriverCalls; ++call) {
+      const CallCounters& counters = table[origin][call];
+      if (counters.count == 0) continue;
+      py::dict entry;
+      entry["count"] = counters.count;
+      entry["failed"] = counters.failed;
+      entry["total_ns"] = counters.total_ns;
+      entry["histogram"] =
+          std::vector<uint64_t>(counters.histogram.begin(), counters.histogram.end());
+      by_call[name_of(static_cast<DriverCall>(call))] = entry;
+    }
+    by_origin[kOrigins[origin]] = by_call;
+  }
+  return by_origin;
+}
+
+py::dict to_dict(const CacheStats& stats) {
+  py::dict d;
+  d["budget_bytes"] = stats.pool.budget_bytes;
+  d["held_bytes"] = stats.pool.held_bytes;
+  d["free_bytes"] = stats.pool.free_bytes;
+  d["peak_mapped_bytes"] = stats.pool.peak_taken_bytes;
+  d["reserved_bytes"] = stats.reserved_bytes;
+  d["used_bytes"] = stats.used_bytes;
+  d["mapped_bytes"] = stats.mapped_bytes;
+  d["rows_free"] = stats.rows_free;
+  d["rows_active"] = stats.rows_active;
+  d["rows_idle"] = stats.rows_idle;
+  d["rows_retiring"] = stats.rows_retiring;
+  d["steps"] = stats.steps;
+  d["steps_with_growth"] = stats.steps_with_growth;
+  d["prefetched_runs"] = stats.prefetched_runs;
+  d["prefetch_failures"] = stats.prefetch_failures;
+  return d;
+}
+
+using GroupTuple = std::tuple<std::vector<size_t>, size_t, size_t, size_t>;
+
+LayoutSpec make_spec(const std::string& layout, const std::string& order, size_t item_bytes,
+                     const std::vector<GroupTuple>& groups) {
+  LayoutSpec spec;
+  spec.kind = layout == "per_layer" ? LayoutKind::kPerLayer : LayoutKind::kInterleaved;
+  spec.order = order == "HND" ? DimOrder::kHND : DimOrder::kNHD;
+  spec.item_bytes = item_bytes;
+  for (const auto& [layers, heads, k_dim, v_dim] : groups) {
+    spec.groups.push_back({layers, heads, k_dim, v_dim});
+  }
+  return spec;
+}
+
+std::shared_ptr<KvCache> make_cache(const PyPool& pool, const std::string& layout,
+                                    const std::string& order, size_t item_bytes,
+                                    size_t max_batch_size, size_t max_seq_len, size_t lookahead,
+                                    const std::vector<GroupTuple>& groups) {
+  LayoutSpec spec = make_spec(layout, order, item_bytes, groups);
+  spec.max_batch_size = max_batch_size;
+  spec.max_seq_len = max_seq_len;
+  spec.page_bytes = pool.pool->page_bytes();
+  return std::make_shared<KvCache>(pool.pool, spec, lookahead);
+}
+
+const TensorView* view_of(const KvCache& cache, size_t layer, bool is_v) {
+  const LayerViews& views = cache.layout().layers.at(layer);
+  if (!is_v) return &views.k;
+  return views.v ? &*views.v : nullptr;
+}
+
+py::object capsule_of(const std::shared_ptr<KvCache>& cache, size_t layer, bool is_v,
+                      uint8_t type_code, uint8_t bits, int32_t device_type, int32_t device_id) {
+  const TensorView* view = view_of(*cache, layer, is_v);
+  if (view == nullptr) return py::none();
+  return make_capsule(cache, *view, {type_code, bits, 1}, {device_type, device_id});
+}
+
+// The Python classes carry the numbers as attributes, so they are made in Python.
+void raise_python(const char* name, const py::tuple& arguments) {
+  const py::object type = py::module_::import("vattn.errors").attr(name);
+  const py::object error = type(*arguments);
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+void translate(std::exception_ptr pending) {
+  try {
+    if (pending) std::rethrow_exception(pending);
+  } catch (const OutOfPages& error) {
+    raise_python("OutOfPagesError", py::make_tuple(error.what(), error.needed(), error.free()));
+  } catch (const OutOfRows& error) {
+    raise_python("OutOfRowsError", py::make_tuple(error.what()));
+  } catch (const DriverError& error) {
+    raise_python("DriverError", py::make_tuple(error.what(), error.call(), error.code()));
+  }
+}
+
+void define_pool(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<PyPool>(m, "Pool")
+      .def(py::init(&open_pool), py::kw_only(), py::arg("device_type"), py::arg("device_index"),
+           py::arg("page_bytes"), py::arg("max_extent_bytes"), py::arg("memory_bytes"),
+           py::arg("inject_faults") = false, Release())
+      .def_property_readonly("page_bytes", [](const PyPool& p) { return p.pool->page_bytes(); })
+      .def_property_readonly("max_extent_bytes",
+                             [](const PyPool& p) { return p.pool->max_extent_bytes(); })
+      .def("describe", [](const PyPool& p) { return p.trace->describe(); })
+      .def("driver_calls", [](const PyPool& p) { return to_dict(p.trace->counters()); })
+      .def("recent_calls", [](const PyPool& p) { return p.trace->recent_calls(); })
+      .def("fail_nth", [](const PyPool& p, uint64_t n) { p.checked_faults().fail_nth(n); })
+      .def("fail_from", [](const PyPool& p, uint64_t n) { p.checked_faults().fail_from(n); })
+      .def("disarm", [](const PyPool& p) { p.checked_faults().disarm(); })
+      .def("injected", [](const PyPool& p) { return p.checked_faults().injected(); });
+}
+
+void define_cache(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<KvCache, std::shared_ptr<KvCache>>(m, "KVCache")
+      .def(py::init(&make_cache), py::arg("pool"), py::kw_only(), py::arg("layout"),
+           py::arg("order"), py::arg("item_bytes"), py::arg("max_batch_size"),
+           py::arg("max_seq_len"), py::arg("lookahead"), py::arg("groups"))
+      .def(
+          "alloc",
+          [](KvCache& cache, int64_t seq_len, uintptr_t stream) {
+            return static_cast<int32_t>(cache.alloc(seq_len, static_cast<Stream>(stream)));
+          },
+          py::arg("seq_len"), py::arg("stream"), Release())
+      .def(
+          "free",
+          [](KvCache& cache, int64_t row, uintptr_t stream) {
+            cache.free(row, static_cast<Stream>(stream));
+          },
+          py::arg("row"), py::arg("stream"), Release())
+      .def("step", &step_with, py::arg("seq_lens"))
+      .def("trim", &KvCache::trim, Release())
+      .def("close", &KvCache::close, Release())
+      .def("stop_background", &KvCache::stop_background, Release())
+      .def("check", &KvCache::check, Release())
+      .def("seq_lens", &KvCache::seq_lens, Release())
+      .def("mapped_tokens", &KvCache::mapped_tokens, py::arg("row"), Release())
+      .def("row_state",
+           [](const KvCache& cache, int64_t row) { return name_of(cache.row_state(row)); })
+      .def_property_readonly("closed", &KvCache::closed)
+      .def_property_readonly("token_bytes",
+                             [](const KvCache& cache) { return cache.layout().token_bytes; })
+      .def_property_readonly("regions_per_row",
+                             [](const KvCache& cache) { return cache.layout().regions.size(); })
+      .def("stats", [](const KvCache& cache) { return to_dict(cache.stats()); })
+      .def("capsule", &capsule_of, py::arg("layer"), py::arg("is_v"), py::arg("type_code"),
+           py::arg("bits"), py::arg("device_type"), py::arg("device_id"));
+}
+
+}  // namespace
+}  // namespace vattn
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ core of vattn. Use the classes in vattn instead.";
+  py::register_exception_translator(&vattn::translate);
+  vattn::define_pool(m);
+  vattn::define_cache(m);
+  m.def(
+      "default_host_page_bytes",
+      [](const std::string& layout, const std::string& order, size_t item_bytes,
+         const std::vector<vattn::GroupTuple>& groups) {
+        return vattn::default_host_page_bytes(vattn::make_spec(layout, order, item_bytes, groups));
+      },
+      py::kw_only(), py::arg("layout"), py::arg("order"), py::arg("item_bytes"), py::arg("groups"));
+  m.def(
+      "set_log_level", [](int level) { vattn::set_log_level(static_cast<vattn::LogLevel>(level)); },
+      py::arg("level"));
+}

@@ -1,0 +1,43 @@
+#include "bindings/tensor.h"
+
+namespace vattn {
+namespace {
+
+struct Managed {
+  DLManagedTensor tensor{};
+  TensorView view;
+  std::shared_ptr<KvCache> cache;
+};
+
+void destroy_unused_capsule(PyObject* capsule) {
+  // A consumer renames the capsule and takes the tensor over; then there is nothing to do here.
+  if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
+  auto* tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  tensor->deleter(tensor);
+}
+
+}  // namespace
+
+pybind11::capsule make_capsule(std::shared_ptr<KvCache> cache, const TensorView& view,
+                               DLDataType dtype, DLDevice device) {
+  auto managed = std::make_unique<Managed>();
+  managed->view = view;
+  DLTensor& tensor = managed->tensor.dl_tensor;
+  tensor.data = reinterpret_cast<void*>(cache->base() + view.offset);
+  tensor.device = device;
+  tensor.ndim = static_cast<int32_t>(view.shape.size());
+  tensor.dtype = dtype;
+  tensor.shape = managed->view.shape.data();
+  tensor.strides = managed->view.strides.data();
+  managed->cache = std::move(cache);
+  managed->tensor.manager_ctx = managed.get();
+  managed->tensor.deleter = [](DLManagedTensor* self) {
+    delete static_cast<Managed*>(self->manager_ctx);
+  };
+  auto* capsule = PyCapsule_New(&managed->tensor, "dltensor", destroy_unused_capsule);
+  if (capsule == nullptr) throw pybind11::error_already_set();
+  static_cast<void>(managed.release());  // the capsule owns it now
+  return pybind11::reinterpret_steal<pybind11::capsule>(capsule);
+}
+
+}  // namespace vattn

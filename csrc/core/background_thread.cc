@@ -1,0 +1,47 @@
+#include "core/background_thread.h"
+
+#include <chrono>
+
+namespace vattn {
+
+BackgroundThread::BackgroundThread(std::function<Next()> work)
+    : work_(std::move(work)), thread_([this] { run(); }) {}
+
+BackgroundThread::~BackgroundThread() {
+  stop();
+}
+
+void BackgroundThread::wake() {
+  if (woken_.exchange(true)) return;
+  // The lock: the thread may be between its look at woken_ and its sleep.
+  const std::lock_guard<std::mutex> lock(mutex_);
+  condition_.notify_one();
+}
+
+void BackgroundThread::stop() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+    condition_.notify_one();
+  }
+  const std::lock_guard<std::mutex> lock(join_mutex_);
+  if (thread_.joinable()) thread_.join();
+}
+
+void BackgroundThread::run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stop_) {
+    woken_ = false;
+    lock.unlock();
+    const Next next = work_();
+    lock.lock();
+    const auto must_go_on = [this] { return stop_ || woken_; };
+    if (next == Next::kSleep) {
+      condition_.wait(lock, must_go_on);
+    } else if (next == Next::kSoon) {
+      condition_.wait_for(lock, std::chrono::milliseconds(1), must_go_on);
+    }
+  }
+}
+
+}  // namespace vattn

@@ -1,0 +1,161 @@
+// The parts of KvCache that give memory back, and those that take it ahead of need.
+#include <algorithm>
+
+#include "base/errors.h"
+#include "base/log.h"
+#include "core/kv_cache.h"
+#include "driver/tracing_driver.h"
+
+namespace vattn {
+
+std::vector<size_t> KvCache::idle_rows_oldest_first() const {
+  std::vector<size_t> rows;
+  for (size_t row = 0; row < n_rows_; ++row) {
+    if (row_[row].state == RowState::kIdle || row_[row].state == RowState::kRetiring) {
+      rows.push_back(row);
+    }
+  }
+  std::sort(rows.begin(), rows.end(),
+            [this](size_t a, size_t b) { return row_[a].freed_at < row_[b].freed_at; });
+  return rows;
+}
+
+bool KvCache::fence_passed(size_t row) {
+  Fence& fence = row_[row].fence;
+  if (fence == Fence::kNone) return true;
+  if (!driver().fence_passed(fence)) return false;
+  drop_fence(row);
+  return true;
+}
+
+void KvCache::drop_fence(size_t row) noexcept {
+  if (row_[row].fence != Fence::kNone) driver().release_fence(row_[row].fence);
+  row_[row].fence = Fence::kNone;
+}
+
+// Everything of a row without a request. pre: its fence has passed.
+size_t KvCache::unmap_idle(size_t row) noexcept {
+  const size_t pages = rows_.shrink(row, 0);
+  // Where the driver refused, what is left is still mapped and can be adopted.
+  row_[row].state = rows_.mapped_pages(row) == 0 ? RowState::kFree : RowState::kIdle;
+  refresh(row);
+  return pages;
+}
+
+// What lies beyond the tokens of an active row. pre: the fence of the request before has passed.
+size_t KvCache::unmap_ahead(size_t row) noexcept {
+  const size_t pages = rows_.shrink(row, static_cast<size_t>(used_tokens_[row]));
+  refresh(row);
+  return pages;
+}
+
+size_t KvCache::reclaimable_pages() const {
+  size_t pages = 0;
+  for (size_t row = 0; row < n_rows_; ++row) {
+    const bool active = row_[row].state == RowState::kActive;
+    pages += rows_.pages_beyond(row, active ? static_cast<size_t>(used_tokens_[row]) : 0);
+  }
+  return pages;
+}
+
+// Memory that costs least to lose first. Pages given back; less than n_pages if there are no more.
+size_t KvCache::reclaim(size_t n_pages) {
+  size_t got = 0;
+  const std::vector<size_t> idle = idle_rows_oldest_first();
+  for (const size_t row : idle) {
+    if (got < n_pages && fence_passed(row)) got += unmap_idle(row);
+  }
+  // Then what lies beyond the tokens of active rows: no request has touched it, unless it is left
+  // over from the request that had the row before and is still on the device.
+  for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
+    if (row_[row].state != RowState::kActive || !fence_passed(row)) continue;
+    got += unmap_ahead(row);
+  }
+  // Then wait for the device.
+  for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
+    if (row_[row].fence == Fence::kNone) continue;
+    driver().wait_fence(row_[row].fence);
+    drop_fence(row);
+    got += row_[row].state == RowState::kActive ? unmap_ahead(row) : unmap_idle(row);
+  }
+  // Or the background thread takes at once what was just made room for.
+  prefetch_paused_ = true;
+  return got;
+}
+
+// Unmaps the retiring rows that the device is done with. Bytes given back to the driver.
+size_t KvCache::retire_ready() {
+  bool any = false;
+  for (size_t row = 0; row < n_rows_; ++row) {
+    if (row_[row].state != RowState::kRetiring || !fence_passed(row)) continue;
+    unmap_idle(row);
+    any = true;
+  }
+  return any ? pool_->trim() : 0;
+}
+
+size_t KvCache::prefetch_target(size_t row) const {
+  const size_t ahead = static_cast<size_t>(seq_lens_[row]) + lookahead_;
+  return std::min(std::max(ahead, row_[row].hint_tokens), max_seq_len_);
+}
+
+// The active row that will run out of mapped tokens first.
+std::optional<Growth> KvCache::next_prefetch() const {
+  if (lookahead_ == 0 || prefetch_paused_) return std::nullopt;
+  std::optional<Growth> best;
+  int64_t best_left = 0;
+  for (size_t row = 0; row < n_rows_; ++row) {
+    if (row_[row].state != RowState::kActive) continue;
+    const size_t target = prefetch_target(row);
+    if (static_cast<int64_t>(target) <= limits_[row]) continue;
+    const int64_t left = limits_[row] - seq_lens_[row];
+    if (!best || left < best_left) {
+      best = Growth{row, target};
+      best_left = left;
+    }
+  }
+  return best;
+}
+
+BackgroundThread::Next KvCache::background_work() noexcept {
+  using Next = BackgroundThread::Next;
+  const OriginScope origin(CallOrigin::kBackground);
+  while (waiting_steps_.load() > 0) std::this_thread::yield();
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (closed_) return Next::kSleep;
+  try {
+    retire_ready();
+    if (const auto growth = next_prefetch()) {
+      const size_t n_pages = rows_.next_run_pages(*growth);
+      // Creating is the slow part and needs no lock on the rows; look again afterwards.
+      lock.unlock();
+      if (pool_->prepare(n_pages)) return Next::kAgain;
+      lock.lock();
+      const auto again = closed_ ? std::nullopt : next_prefetch();
+      if (!again) return Next::kAgain;
+      const RowMemory::Step step = rows_.grow_one_run(*again);
+      refresh(again->row);
+      ++prefetched_runs_;
+      lock.unlock();
+      // So that the first touch does not fault in the caller's time.
+      driver().populate(step.address, step.bytes);
+      return Next::kAgain;
+    }
+    if (pool_->rebalance()) return Next::kAgain;
+    for (const Row& row : row_) {
+      if (row.state == RowState::kRetiring) return Next::kSoon;
+    }
+    return Next::kSleep;
+  } catch (const OutOfPages&) {
+    // No spare pages is no failure: step() reclaims, or says so.
+  } catch (const std::exception& error) {
+    log_line(LogLevel::kWarning, "prefetch failed: %s", error.what());
+    if (!lock.owns_lock()) lock.lock();
+    ++prefetch_failures_;
+  }
+  if (!lock.owns_lock()) lock.lock();
+  prefetch_paused_ = true;
+  return Next::kSleep;
+}
+
+}  // namespace vattn

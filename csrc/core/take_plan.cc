@@ -1,0 +1,48 @@
+#include "core/take_plan.h"
+
+#include <algorithm>
+
+namespace vattn {
+namespace {
+
+// Moves what it can from `counts` to `plan`; returns the pages it could not cover.
+size_t cover(size_t n_pages, PoolCounts& counts, TakePlan& plan) {
+  for (size_t order = counts.max_order + 1; order-- > 0;) {
+    const size_t reused = std::min(n_pages >> order, counts.free[order]);
+    counts.free[order] -= reused;
+    plan.reuse[order] += reused;
+    n_pages -= reused << order;
+
+    const size_t created = std::min(n_pages, counts.creatable_pages) >> order;
+    counts.creatable_pages -= created << order;
+    plan.create[order] += created;
+    n_pages -= created << order;
+  }
+  return n_pages;
+}
+
+}  // namespace
+
+size_t PoolCounts::available_pages() const {
+  size_t pages = creatable_pages;
+  for (size_t order = 0; order <= max_order; ++order) pages += free[order] << order;
+  return pages;
+}
+
+std::optional<TakePlan> plan_take(size_t n_pages, PoolCounts counts) {
+  TakePlan plan;
+  const size_t missing = cover(n_pages, counts, plan);
+  if (missing == 0) return plan;
+  // cover() left an extent free only if it is larger than what is missing: one is enough.
+  for (size_t order = 0; order <= counts.max_order; ++order) {
+    if (counts.free[order] == 0) continue;
+    --counts.free[order];
+    ++plan.release[order];
+    counts.creatable_pages += size_t{1} << order;
+    cover(missing, counts, plan);
+    return plan;
+  }
+  return std::nullopt;
+}
+
+}  // namespace vattn

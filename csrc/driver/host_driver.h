@@ -1,0 +1,18 @@
+// Virtual memory of the host: one sparse memfd holds all physical pages, mmap(MAP_FIXED) puts them
+// under a reserved range. A real backend for CPU inference.
+//
+// Every extent gets file offsets of its own that are never used again, so extents created one after
+// the other and mapped one after the other are one mapping to the kernel, which counts mappings
+// (vm.max_map_count). Offsets cost nothing: released ones are holes.
+#pragma once
+
+#include <memory>
+
+#include "driver/vmm_driver.h"
+
+namespace vattn {
+
+// `page_bytes`: a power of two, at least the system's page. Throws std::invalid_argument.
+std::shared_ptr<VmmDriver> open_host_driver(size_t page_bytes);
+
+}  // namespace vattn

@@ -1,0 +1,56 @@
+"""For the tests of engines that build on vattn: make driver calls fail on purpose."""
+
+from __future__ import annotations
+
+from vattn.cache import KVCache, _open_pool
+from vattn.config import CacheConfig
+
+
+class Faults:
+    """Makes driver calls of one cache fail with :class:`vattn.DriverError`.
+
+    Calls that give memory back cannot fail and are not counted, except unmapping.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self._pool = cache.pool
+
+    def fail_nth(self, nth: int) -> None:
+        """Fail the ``nth`` driver call from now on, counted from 1, and no other."""
+        self._pool.fail_nth(nth)
+
+    def fail_from(self, nth: int) -> None:
+        """Fail the ``nth`` driver call from now on and all after it, like a broken device."""
+        self._pool.fail_from(nth)
+
+    def disarm(self) -> None:
+        """Let every call pass again."""
+        self._pool.disarm()
+
+    @property
+    def injected(self) -> int:
+        """Failures since the last ``fail_nth`` or ``fail_from``."""
+        return self._pool.injected()
+
+
+def init_with_faults(config: CacheConfig) -> tuple[KVCache, Faults]:
+    """Make a cache as :func:`vattn.init` does, with a handle to make its driver fail.
+
+    Examples
+    --------
+    >>> import vattn
+    >>> cache, faults = init_with_faults(vattn.CacheConfig(
+    ...     num_layers=1, num_kv_heads=1, head_dim=64, dtype="float32", lookahead=0,
+    ...     max_batch_size=1, max_seq_len=128, device="cpu", memory="1MiB"))
+    >>> row = cache.alloc()
+    >>> faults.fail_nth(1)
+    >>> try:
+    ...     cache.step({row: 5})
+    ... except vattn.DriverError as error:
+    ...     print(error.call)
+    create
+    >>> cache.step({row: 5})
+    >>> cache.close()
+    """
+    cache = KVCache(config, _open_pool(config, inject_faults=True))
+    return cache, Faults(cache)
