@@ -1,8 +1,15 @@
-"""Tests marked `gpu` are skipped where there is no CUDA device."""
+"""Fixtures of all tests. Those marked `gpu` are skipped where there is no CUDA device."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+
 import pytest
+from backends import Backend, double_in_use
+
+import vattn
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,3 +21,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def libcuda_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    """The test double of libcuda, checked for breaches and leaks at the end of the test."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a real libcuda is loaded; the double needs a process of its own")
+    with double_in_use(monkeypatch) as library:
+        yield library
+        gc.collect()
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Parametrize indirectly with backends.BACKENDS."""
+    if request.param == "double":
+        request.getfixturevalue("libcuda_double")
+    return Backend(request.param)
+
+
+@pytest.fixture
+def make_cache(backend: Backend) -> Iterator[Callable[..., vattn.KVCache]]:
+    """Makes caches of a backend; closes and checks them at the end of the test."""
+    caches: list[vattn.KVCache] = []
+
+    def make(**options: object) -> vattn.KVCache:
+        cache = vattn.init(backend.config(**options))
+        caches.append(cache)
+        return cache
+
+    yield make
+    for cache in caches:
+        if not cache.closed:
+            cache.check()
+        cache.close()

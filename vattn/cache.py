@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 from vattn import _C
 from vattn.config import CacheConfig
 from vattn.environment import apply_environment
+from vattn.pool import open_pool
 from vattn.stats import CacheStats, CallStats
-from vattn.units import DTYPES, parse_bytes
+from vattn.tensors import LayerTensors, flatten
 
 if TYPE_CHECKING:
     import torch
-
-_DEFAULT_MAX_EXTENT_BYTES = 128 * 2**20
-_DLPACK_DEVICE = {"cpu": 1, "cuda": 2}
 
 
 def init(config: CacheConfig, *, share_pool_with: KVCache | None = None) -> KVCache:
@@ -58,7 +56,7 @@ def init(config: CacheConfig, *, share_pool_with: KVCache | None = None) -> KVCa
     """
     apply_environment()
     if share_pool_with is None:
-        return KVCache(config, _open_pool(config))
+        return KVCache(config, open_pool(config))
     for name in ("memory", "page_bytes", "max_extent_bytes"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name} and share_pool_with are both given; leave {name} out")
@@ -69,36 +67,6 @@ def init(config: CacheConfig, *, share_pool_with: KVCache | None = None) -> KVCa
             "both must be the same"
         )
     return KVCache(config, share_pool_with.pool)
-
-
-def _open_pool(config: CacheConfig, *, inject_faults: bool = False) -> _C.Pool:
-    memory = config.memory_bytes
-    if memory is None:
-        raise ValueError("memory is missing; say how much physical memory to use, like '60GiB'")
-    if config.page_bytes is not None:
-        page_bytes = parse_bytes(config.page_bytes, "page_bytes")
-    elif config.device_type == "cuda":
-        page_bytes = 0  # the driver's granularity
-    else:
-        page_bytes = _C.default_host_page_bytes(
-            layout=config.layout_name,
-            order=config.order,
-            item_bytes=config.item_bytes,
-            groups=[group.shape() for group in config.groups],
-        )
-    if config.max_extent_bytes is not None:
-        max_extent_bytes = parse_bytes(config.max_extent_bytes, "max_extent_bytes")
-    else:
-        largest = 1 << (memory.bit_length() - 1)
-        max_extent_bytes = max(page_bytes, min(_DEFAULT_MAX_EXTENT_BYTES, largest))
-    return _C.Pool(
-        device_type=config.device_type,
-        device_index=config.device_index,
-        page_bytes=page_bytes,
-        max_extent_bytes=max_extent_bytes,
-        memory_bytes=memory,
-        inject_faults=inject_faults,
-    )
 
 
 class KVCache:
@@ -134,7 +102,7 @@ class KVCache:
             lookahead=config.lookahead,
             groups=[group.shape() for group in config.groups],
         )
-        self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._tensors = LayerTensors(self._core, config)
         # Nobody can call step() any more when this object is gone, or at exit; tensors may live on.
         weakref.finalize(self, self._core.stop_background)
 
@@ -266,18 +234,11 @@ class KVCache:
         Notes
         -----
         The addresses never change, so CUDA graphs may hold them. ``copy.deepcopy`` and
-        ``torch.save`` of a view would read all that is reserved: ``clone`` the part that has tokens.
+        ``torch.save`` of a view would read all that is reserved: ``clone`` what has tokens.
         """
         if self.closed:
             raise ValueError("the cache is closed; make a new one with vattn.init()")
-        if not 0 <= layer < self.config.num_layers:
-            raise IndexError(f"layer is {layer}, expected 0 to {self.config.num_layers - 1}")
-        if layer not in self._tensors:
-            k = self._tensor(layer, is_v=False)
-            assert k is not None
-            self._tensors[layer] = k, self._tensor(layer, is_v=True)
-        k, v = self._tensors[layer]
-        return self._select(k, rows, max_len), None if v is None else self._select(v, rows, max_len)
+        return self._tensors.select(layer, rows, max_len)
 
     def kv_flat(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """K and V of one layer with rows and tokens in one dimension, for varlen kernels.
@@ -296,62 +257,13 @@ class KVCache:
         if self.config.order != "NHD":
             raise ValueError("order is 'HND', which has no flat view; use order='NHD'")
         k, v = self.kv(layer)
-        return self._flatten(k), None if v is None else self._flatten(v)
+        return flatten(k), None if v is None else flatten(v)
 
     @property
     def row_stride_tokens(self) -> int:
         """Tokens from one row to the next in ``kv_flat``: at least ``max_seq_len``."""
         k, _ = self.kv(0)
         return k.stride(0) // k.stride(1 if self.config.order == "NHD" else 2)
-
-    def _tensor(self, layer: int, *, is_v: bool) -> torch.Tensor | None:
-        import torch
-
-        dtype = DTYPES[self.config.dtype_name]
-        capsule = self._core.capsule(
-            layer=layer,
-            is_v=is_v,
-            type_code=dtype.dlpack_code,
-            bits=dtype.bits,
-            device_type=_DLPACK_DEVICE[self.config.device_type],
-            device_id=self.config.device_index,
-        )
-        if capsule is None:
-            return None
-        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
-        return tensor.view(getattr(torch, self.config.dtype_name)) if dtype.reinterpret else tensor
-
-    def _select(
-        self, tensor: torch.Tensor, rows: int | slice | Sequence[int] | None, max_len: int | None
-    ) -> torch.Tensor:
-        if max_len is not None:
-            if not 0 <= max_len <= self.config.max_seq_len:
-                raise ValueError(
-                    f"max_len is {max_len}, expected 0 to max_seq_len = {self.config.max_seq_len}"
-                )
-            tensor = tensor.narrow(1 if self.config.order == "NHD" else 2, 0, max_len)
-        return tensor if rows is None else tensor[self._as_slice(rows)]
-
-    def _as_slice(self, rows: int | slice | Sequence[int]) -> slice:
-        if isinstance(rows, slice):
-            return rows
-        wanted = [rows] if isinstance(rows, int) else [int(row) for row in rows]
-        for row in wanted:
-            if not 0 <= row < self.config.max_batch_size:
-                raise IndexError(f"row is {row}, expected 0 to {self.config.max_batch_size - 1}")
-        stride = wanted[1] - wanted[0] if len(wanted) > 1 else 1
-        if not wanted or stride < 1 or wanted != list(range(wanted[0], wanted[-1] + 1, stride)):
-            raise ValueError(
-                f"rows are {wanted}, expected ascending and evenly spaced ones: only those can be "
-                "a view. Pass cache_batch_idx to the kernel, or index the tensor, which copies"
-            )
-        return slice(wanted[0], wanted[-1] + 1, stride)
-
-    def _flatten(self, tensor: torch.Tensor) -> torch.Tensor:
-        rows, tokens, heads, dim = tensor.shape
-        stride_tokens = tensor.stride(0) // tensor.stride(1)
-        size = ((rows - 1) * stride_tokens + tokens, heads, dim)
-        return tensor.as_strided(size, tensor.stride()[1:])
 
     # What it knows about itself.
 
@@ -459,7 +371,7 @@ class KVCache:
         if stream is None:
             import torch
 
-            if not torch.cuda.is_initialized():
+            if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 return 0  # nothing was submitted through torch
             return int(torch.cuda.current_stream(self.config.device_index).cuda_stream)
         if isinstance(stream, int):

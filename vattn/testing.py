@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vattn.cache import KVCache, _open_pool
+from vattn.cache import KVCache
 from vattn.config import CacheConfig
+from vattn.pool import open_pool
 
 
 class Faults:
@@ -52,5 +53,5 @@ def init_with_faults(config: CacheConfig) -> tuple[KVCache, Faults]:
     >>> cache.step({row: 5})
     >>> cache.close()
     """
-    cache = KVCache(config, _open_pool(config, inject_faults=True))
+    cache = KVCache(config, open_pool(config, inject_faults=True))
     return cache, Faults(cache)

@@ -198,14 +198,14 @@ void KvCache::grow_rows(const int64_t* seq_lens) {
   }
   const size_t available = pool_->available_pages();
   if (needed > available) {
-    const size_t reclaimable = reclaimable_pages();
+    const size_t reclaimable = reclaimable_pages(seq_lens);
     if (needed > available + reclaimable) {
       throw OutOfPages(needed, available + reclaimable, "free a request or raise memory");
     }
-    reclaim(needed - available);
+    reclaim(needed - available, seq_lens);
   }
   try {
-    grow_or_reclaim(growths, needed);
+    grow_or_reclaim(growths, needed, seq_lens);
   } catch (...) {
     // A run that the driver refused to take back stays mapped, as if it had been prefetched.
     for (const Growth& growth : growths) refresh(growth.row);
@@ -214,12 +214,13 @@ void KvCache::grow_rows(const int64_t* seq_lens) {
   for (const Growth& growth : growths) refresh(growth.row);
 }
 
-void KvCache::grow_or_reclaim(const std::vector<Growth>& growths, size_t needed) {
+void KvCache::grow_or_reclaim(const std::vector<Growth>& growths, size_t needed,
+                              const int64_t* seq_lens) {
   try {
     rows_.grow(growths);
   } catch (const OutOfPages&) {
     // The driver has less memory than the budget allows. Idle rows may have enough.
-    if (reclaim(needed) == 0) throw;
+    if (reclaim(needed, seq_lens) == 0) throw;
     rows_.grow(growths);
   }
 }

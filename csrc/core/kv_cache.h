@@ -95,15 +95,16 @@ class KvCache {
 
   void step_locked(const int64_t* seq_lens);
   void grow_rows(const int64_t* seq_lens);
-  void grow_or_reclaim(const std::vector<Growth>& growths, size_t needed);
+  void grow_or_reclaim(const std::vector<Growth>& growths, size_t needed, const int64_t* seq_lens);
   void refresh(size_t row);
 
-  size_t reclaimable_pages() const;
-  size_t reclaim(size_t n_pages);
+  size_t tokens_to_keep(size_t row, const int64_t* seq_lens) const;
+  size_t reclaimable_pages(const int64_t* seq_lens) const;
+  size_t reclaim(size_t n_pages, const int64_t* seq_lens);
   bool fence_passed(size_t row);
   void drop_fence(size_t row) noexcept;
   size_t unmap_idle(size_t row) noexcept;
-  size_t unmap_ahead(size_t row) noexcept;
+  size_t unmap_ahead(size_t row, size_t tokens) noexcept;
   std::vector<size_t> idle_rows_oldest_first() const;
   size_t retire_ready();
 

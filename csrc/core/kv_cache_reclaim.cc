@@ -42,24 +42,30 @@ size_t KvCache::unmap_idle(size_t row) noexcept {
   return pages;
 }
 
-// What lies beyond the tokens of an active row. pre: the fence of the request before has passed.
-size_t KvCache::unmap_ahead(size_t row) noexcept {
-  const size_t pages = rows_.shrink(row, static_cast<size_t>(used_tokens_[row]));
+// What an active row has ahead of `tokens`. pre: the fence of the request before has passed.
+size_t KvCache::unmap_ahead(size_t row, size_t tokens) noexcept {
+  const size_t pages = rows_.shrink(row, tokens);
   refresh(row);
   return pages;
 }
 
-size_t KvCache::reclaimable_pages() const {
+// Tokens of a row that no step(seq_lens) may take memory from: those it asks for, and those that
+// kernels may still be reading.
+size_t KvCache::tokens_to_keep(size_t row, const int64_t* seq_lens) const {
+  if (row_[row].state != RowState::kActive) return 0;
+  return static_cast<size_t>(std::max(used_tokens_[row], seq_lens[row]));
+}
+
+size_t KvCache::reclaimable_pages(const int64_t* seq_lens) const {
   size_t pages = 0;
   for (size_t row = 0; row < n_rows_; ++row) {
-    const bool active = row_[row].state == RowState::kActive;
-    pages += rows_.pages_beyond(row, active ? static_cast<size_t>(used_tokens_[row]) : 0);
+    pages += rows_.pages_beyond(row, tokens_to_keep(row, seq_lens));
   }
   return pages;
 }
 
 // Memory that costs least to lose first. Pages given back; less than n_pages if there are no more.
-size_t KvCache::reclaim(size_t n_pages) {
+size_t KvCache::reclaim(size_t n_pages, const int64_t* seq_lens) {
   size_t got = 0;
   const std::vector<size_t> idle = idle_rows_oldest_first();
   for (const size_t row : idle) {
@@ -69,14 +75,15 @@ size_t KvCache::reclaim(size_t n_pages) {
   // over from the request that had the row before and is still on the device.
   for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
     if (row_[row].state != RowState::kActive || !fence_passed(row)) continue;
-    got += unmap_ahead(row);
+    got += unmap_ahead(row, tokens_to_keep(row, seq_lens));
   }
   // Then wait for the device.
   for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
     if (row_[row].fence == Fence::kNone) continue;
     driver().wait_fence(row_[row].fence);
     drop_fence(row);
-    got += row_[row].state == RowState::kActive ? unmap_ahead(row) : unmap_idle(row);
+    const bool active = row_[row].state == RowState::kActive;
+    got += active ? unmap_ahead(row, tokens_to_keep(row, seq_lens)) : unmap_idle(row);
   }
   // Or the background thread takes at once what was just made room for.
   prefetch_paused_ = true;

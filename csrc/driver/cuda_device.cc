@@ -34,6 +34,15 @@ cuda::Device find_device(const cuda::Api& api, int ordinal) {
   return device;
 }
 
+std::string describe_device(const cuda::Api& api, cuda::Device device) {
+  int version = 0;
+  char name[128] = "?";
+  cuda::check(api, "cuDriverGetVersion", api.cuDriverGetVersion(&version));
+  cuda::check(api, "cuDeviceGetName", api.cuDeviceGetName(name, sizeof(name), device));
+  return "CUDA driver " + std::to_string(version / 1000) + "." +
+         std::to_string(version % 1000 / 10) + ", device " + std::to_string(device) + " " + name;
+}
+
 }  // namespace
 
 CurrentContext::CurrentContext(const cuda::Api& api, cuda::ContextPtr wanted) noexcept : api_(api) {
@@ -67,6 +76,8 @@ CudaDevice::CudaDevice(int ordinal) : api_(cuda::load_api()) {
                           "under WSL, on Jetson or with an old driver; update the driver, or use "
                           "device=\"cpu\"");
   }
+  description_ = describe_device(api_, id_);
+  // Last: a constructor that throws after this would not release it.
   const Result result = api_.cuDevicePrimaryCtxRetain(&context_, id_);
   if (result != cuda::kSuccess) {
     cuda::throw_error(api_, "cuDevicePrimaryCtxRetain", result,
@@ -86,15 +97,6 @@ CudaDevice::~CudaDevice() {
 int CudaDevice::attribute(int attribute) const noexcept {
   int value = 0;
   return api_.cuDeviceGetAttribute(&value, attribute, id_) == cuda::kSuccess ? value : 0;
-}
-
-std::string CudaDevice::describe() const {
-  int version = 0;
-  char name[128] = "?";
-  cuda::check(api_, "cuDriverGetVersion", api_.cuDriverGetVersion(&version));
-  cuda::check(api_, "cuDeviceGetName", api_.cuDeviceGetName(name, sizeof(name), id_));
-  return "CUDA driver " + std::to_string(version / 1000) + "." +
-         std::to_string(version % 1000 / 10) + ", device " + std::to_string(id_) + " " + name;
 }
 
 CurrentContext CudaDevice::enter() const {

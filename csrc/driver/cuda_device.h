@@ -43,7 +43,8 @@ class CudaDevice {
   cuda::Device id() const noexcept { return id_; }
   // 0 also when the driver is too old to know the attribute.
   int attribute(int attribute) const noexcept;
-  std::string describe() const;
+  // Needs no working device: it goes into error messages and bug reports.
+  const std::string& describe() const noexcept { return description_; }
 
   // For every call that acquires or asks. Throws DriverError, in a forked child too.
   [[nodiscard]] CurrentContext enter() const;
@@ -66,6 +67,7 @@ class CudaDevice {
   const ProcessBound process_;
   const cuda::Api api_;
   cuda::Device id_ = 0;
+  std::string description_;
   cuda::ContextPtr context_ = nullptr;
   std::atomic<size_t> failed_give_backs_{0};
 };

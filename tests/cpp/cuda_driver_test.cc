@@ -279,6 +279,7 @@ void a_forked_child_makes_no_call_at_all() {
     CHECK_THROWS(DriverError, driver->wait_fence(fence), kText);
     CHECK_THROWS(DriverError, driver->synchronize(), kText);
     CHECK_THROWS(DriverError, driver->create(kPage), kText);
+    CHECK(!driver->describe().empty());
     driver->release(extent);
     driver->release_fence(fence);
     driver.reset();

@@ -102,6 +102,7 @@ void part_of_a_run_can_be_unmapped(VmmDriver& driver) {
   fill(driver, base, page, 3);
   CHECK(filled(driver, base, 4 * page, 3));  // unmapping lost nothing
   CHECK(driver.unmap(base, {run[0], run[1]}));
+  CHECK(!writable(base) && !writable(base + 2 * page));
   CHECK(driver.unmap(base + 3 * page, {run[2]}));
   for (const Extent& extent : run) driver.release(extent);
   driver.unreserve(base, 4 * page);
@@ -188,7 +189,7 @@ void a_forked_child_is_refused_and_harmless(VmmDriver& driver) {
     const bool unmapped = driver.unmap(base, {extent});
     driver.release(extent);
     driver.unreserve(base, extent.bytes);
-    return refuses && unmapped;
+    return refuses && unmapped && filled(driver, base, extent.bytes, 42);
   }));
   CHECK(filled(driver, base, extent.bytes, 42));
   driver.release_fence(fence);

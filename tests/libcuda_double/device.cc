@@ -169,7 +169,7 @@ Result cuGetProcAddress_v2(const char* symbol, void** function, int version, uin
   *status = 1;  // CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND
   if (call.refused() != kSuccess) return call.refused();
   if (version > kDriverVersion) return kErrorInvalidValue;
-  if (flags != kProcAddressLegacyStream) {
+  if (flags != 1) {  // CU_GET_PROC_ADDRESS_LEGACY_STREAM, not by the name that the caller used
     call.breach(kSuccess, "the search mode is left to the build, stream 0 could mean two things");
   }
   if (call.state().options.hidden_symbols.count(symbol) != 0) return kSuccess;

@@ -1,0 +1,1 @@
+"""What vattn costs, measured: run each as ``python -m benchmarks.NAME`` in the repository root."""

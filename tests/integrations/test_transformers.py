@@ -1,0 +1,347 @@
+"""generate() with a VAttnCache gives what it gives with DynamicCache, or says why it cannot."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+import vattn
+from vattn.integrations.transformers import VAttnCache
+
+VOCAB = 97
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    # Larger than usual, so that tokens differ and an error in one would show.
+    "initializer_range": 0.3,
+}
+GPT2 = {"vocab_size": VOCAB, "n_positions": 512, "n_embd": 64, "n_layer": 3, "n_head": 4}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", SMALL),
+    "qwen2": ("Qwen2", SMALL),
+    "qwen3": ("Qwen3", SMALL),
+    "mistral": ("Mistral", SMALL | {"sliding_window": None}),
+    "mistral-window": ("Mistral", SMALL | {"sliding_window": 8}),
+    "gpt2": ("GPT2", GPT2 | {"initializer_range": 0.3}),
+}
+GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def make_model(name: str, attention: str = "sdpa") -> Any:
+    family, options = CONFIGS[name]
+    config = getattr(transformers, f"{family}Config")(**options)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, token, None)
+    head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    torch.manual_seed(0)
+    config._attn_implementation = attention
+    return getattr(transformers, f"{family}{head}")(config).eval()
+
+
+def left_padded(*lengths: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    longest = max(lengths)
+    ids = torch.randint(1, VOCAB, (len(lengths), longest), generator=generator)
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def vattn_cache(model: Any, **options: Any) -> VAttnCache:
+    return VAttnCache(model.config, **({"memory": "64MiB"} | options))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return make_model("llama")
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, **options: Any) -> Any:
+    # Over a page of 64 tokens, so that growth is part of it.
+    defaults = {"max_new_tokens": 40, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(**inputs, past_key_values=cache, **(GREEDY | defaults | options))
+
+
+def assert_same(ours: Any, stock: Any) -> None:
+    assert ours.sequences.tolist() == stock.sequences.tolist()
+    for mine, theirs in zip(ours.logits, stock.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_left_padded_batch_generates_the_same(name: str, attention: str) -> None:
+    model = make_model(name, attention)
+    inputs = left_padded(5, 37, 21)
+    stock = generate(model, inputs, DynamicCache(config=model.config))
+    with vattn_cache(model) as cache:
+        assert_same(generate(model, inputs, cache), stock)
+        assert cache.get_seq_length() == 37 + 39
+        assert len(set(stock.sequences[0].tolist())) > 5, "the model says too little to compare"
+
+
+def test_what_attention_gets_is_the_cache_itself(llama: Any) -> None:
+    with vattn_cache(llama) as cache:
+        generate(llama, left_padded(5, 9), cache, max_new_tokens=3)
+        assert cache.kv_cache is not None
+        pool_k, _ = cache.kv_cache.kv(1)
+        k, v = cache.layers[1].update(torch.ones(2, 2, 1, 16), torch.ones(2, 2, 1, 16))
+        assert k.shape == v.shape == (2, 2, 12, 16)
+        assert k.data_ptr() == pool_k.data_ptr()
+        assert pool_k[:2, :, 11].eq(1).all()
+
+
+def test_one_step_per_forward_and_not_per_layer(llama: Any) -> None:
+    with vattn_cache(llama) as cache:
+        generate(llama, left_padded(5, 9), cache, max_new_tokens=7)
+        assert cache.kv_cache is not None
+        assert cache.kv_cache.stats().steps == 7
+
+
+@pytest.mark.parametrize("lengths", [(9,), (4, 9)])
+def test_a_conversation_goes_on_in_the_same_cache(llama: Any, lengths: tuple[int, ...]) -> None:
+    results = []
+    for cache in (vattn_cache(llama), DynamicCache(config=llama.config)):
+        first = generate(llama, left_padded(*lengths), cache, max_new_tokens=6)
+        ids = torch.cat([first.sequences, torch.full((len(lengths), 5), 7)], dim=1)
+        mask = (ids != 0).long()
+        mask[:, max(lengths) :] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        results.append(generate(llama, inputs, cache, max_new_tokens=6))
+    assert_same(*results)
+
+
+def test_a_prompt_may_come_in_chunks(llama: Any) -> None:
+    inputs = left_padded(37, 21)
+    results = [
+        generate(llama, inputs, cache, prefill_chunk_size=8)
+        for cache in (vattn_cache(llama), DynamicCache(config=llama.config))
+    ]
+    assert_same(*results)
+
+
+def test_beam_search_reorders_rows(llama: Any) -> None:
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
+    results = [
+        generate(llama, left_padded(5, 9), cache, **options).sequences.tolist()
+        for cache in (vattn_cache(llama), DynamicCache(config=llama.config))
+    ]
+    assert results[0] == results[1]
+
+
+def test_rejected_guesses_are_cropped(llama: Any) -> None:
+    inputs = {"input_ids": torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3]])}
+    options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12, "eos_token_id": VOCAB}
+    results = [
+        generate(llama, inputs, cache, **options).sequences.tolist()
+        for cache in (vattn_cache(llama), DynamicCache(config=llama.config))
+    ]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("count", [-4, torch.tensor(-4), 5])
+def test_crop_counts_from_the_end_or_keeps_so_many(llama: Any, count: Any) -> None:
+    ids = left_padded(9)["input_ids"]
+    with vattn_cache(llama) as cache, torch.no_grad():
+        llama(ids, past_key_values=cache)
+        cache.crop(count)
+        assert cache.get_seq_length() == 5
+        assert cache.kv_cache is not None and cache.kv_cache.seq_lens == [5]
+        after = llama(ids[:, 5:], past_key_values=cache).logits
+        torch.testing.assert_close(after, llama(ids).logits[:, 5:], atol=1e-5, rtol=1e-5)
+
+
+def test_crop_of_more_than_there_is_takes_all(llama: Any) -> None:
+    with vattn_cache(llama) as cache, torch.no_grad():
+        llama(left_padded(9)["input_ids"], past_key_values=cache)
+        cache.crop(20)
+        assert cache.get_seq_length() == 9
+        cache.crop(-20)
+        assert cache.get_seq_length() == 0
+
+
+def filled(model: Any, cache: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("select", [[2, 0], [1, 1, 0, 2, 2], [True, False, True]])
+def test_rows_are_selected_as_in_a_dynamic_cache(llama: Any, select: list[Any]) -> None:
+    inputs = left_padded(5, 9, 7)
+    ours = filled(llama, vattn_cache(llama, max_batch_size=6), inputs)
+    stock = filled(llama, DynamicCache(config=llama.config), inputs)
+    for cache in (ours, stock):
+        cache.batch_select_indices(torch.tensor(select))
+        cache.batch_repeat_interleave(1)
+    for mine, theirs in zip(ours.layers, stock.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine.values, theirs.values, atol=1e-5, rtol=1e-5)
+    ours.kv_cache.check()
+
+
+def test_one_prompt_is_continued_in_several_ways(llama: Any) -> None:
+    ids = left_padded(9)["input_ids"]
+    tails = torch.tensor([[3, 4], [5, 6], [7, 8]])
+    with vattn_cache(llama, max_batch_size=3) as cache, torch.no_grad():
+        llama(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        after = llama(tails, past_key_values=cache).logits
+        whole = llama(torch.cat([ids.repeat(3, 1), tails], dim=1)).logits
+        torch.testing.assert_close(after, whole[:, 9:], atol=1e-5, rtol=1e-5)
+
+
+def test_reset_makes_room_for_another_batch(llama: Any) -> None:
+    with vattn_cache(llama, max_batch_size=3) as cache:
+        for lengths in ((5, 9, 7), (30,), (11, 4)):
+            stock = generate(llama, left_padded(*lengths), None)
+            assert_same(generate(llama, left_padded(*lengths), cache), stock)
+            cache.reset()
+            assert cache.get_seq_length() == 0
+
+
+def test_memory_of_rows_no_longer_used_is_there_for_the_others(llama: Any) -> None:
+    """Three rows of 80 tokens fill the budget; after a reset one row of 200 can have it."""
+    config = {"max_batch_size": 3, "memory": 3 * 2 * 6 * 64 * 1024 - 1, "max_cache_len": 4096}
+    with vattn_cache(llama, **config) as cache:
+        zeros = torch.zeros(3, 2, 1024 - 40, 16)
+        cache.layers[0].update(zeros, zeros)
+        cache.reset()
+        more = torch.zeros(1, 2, 2048, 16)
+        cache.layers[0].update(more, more)
+        assert cache.kv_cache is not None
+        cache.kv_cache.check()
+
+
+def test_out_of_pages_leaves_a_cache_that_reset_makes_usable(llama: Any) -> None:
+    # A page of 64 KiB is 512 tokens of one region, and a row has six regions: two rows fit.
+    with vattn_cache(llama, memory=2 * 6 * 64 * 1024, max_cache_len=2048) as cache:
+        inputs = left_padded(500, 480)
+        with pytest.raises(vattn.OutOfPagesError, match="raise memory of VAttnCache") as raised:
+            generate(llama, inputs, cache)
+        assert raised.value.needed > raised.value.free
+        assert {layer.get_seq_length() for layer in cache.layers} == {512}
+        assert cache.kv_cache is not None
+        cache.kv_cache.check()
+        cache.reset()
+        shorter = left_padded(5, 9)
+        assert_same(generate(llama, shorter, cache), generate(llama, shorter, None))
+
+
+def test_it_serves_inference_mode_and_no_grad_in_turn(llama: Any) -> None:
+    ids = left_padded(9)["input_ids"]
+    with vattn_cache(llama) as cache:
+        with torch.inference_mode():
+            llama(ids, past_key_values=cache)
+        with torch.no_grad():
+            llama(ids[:, :1], past_key_values=cache)
+        assert cache.get_seq_length() == 10
+
+
+def test_early_initialization_makes_the_memory(llama: Any) -> None:
+    with vattn_cache(llama) as cache:
+        assert not cache.is_initialized
+        cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+        assert cache.is_initialized
+        assert_same(
+            generate(llama, left_padded(5, 9), cache), generate(llama, left_padded(5, 9), None)
+        )
+
+
+def test_a_closed_cache_starts_afresh(llama: Any) -> None:
+    cache = vattn_cache(llama)
+    generate(llama, left_padded(5, 9), cache, max_new_tokens=2)
+    cache.close()
+    assert cache.kv_cache is None and cache.get_seq_length() == 0
+    assert_same(generate(llama, left_padded(7), cache), generate(llama, left_padded(7), None))
+
+
+def test_the_budget_has_a_default(llama: Any) -> None:
+    with VAttnCache(llama.config) as cache:
+        generate(llama, left_padded(5), cache, max_new_tokens=2)
+        assert cache.kv_cache is not None
+        assert cache.kv_cache.stats().budget_bytes > 64 * 2**20
+
+
+# What it refuses.
+
+
+def test_too_many_tokens_name_the_setting(llama: Any) -> None:
+    with (
+        vattn_cache(llama, max_cache_len=12) as cache,
+        pytest.raises(ValueError, match="would have 13 tokens, the cache takes 12.*max_cache_len"),
+    ):
+        generate(llama, left_padded(9), cache)
+
+
+def test_too_many_rows_name_the_setting(llama: Any) -> None:
+    with vattn_cache(llama) as cache:
+        filled(llama, cache, left_padded(5, 9))
+        with pytest.raises(ValueError, match="max_batch_size=4"):
+            cache.batch_repeat_interleave(2)
+        assert cache.get_seq_length() == 9
+
+
+def test_another_batch_on_a_full_cache_is_refused(llama: Any) -> None:
+    with vattn_cache(llama) as cache:
+        filled(llama, cache, left_padded(5, 9))
+        with pytest.raises(ValueError, match=r"the batch has 1 rows.*reset\(\)"):
+            filled(llama, cache, left_padded(5))
+        with pytest.raises(ValueError, match="beam_idx has 3 entries"):
+            cache.reorder_cache(torch.tensor([0, 1, 1]))
+
+
+def test_training_is_refused(llama: Any) -> None:
+    with (
+        vattn_cache(llama) as cache,
+        pytest.raises(NotImplementedError, match=r"torch\.no_grad"),
+    ):
+        llama(left_padded(5)["input_ids"], past_key_values=cache)
+
+
+def test_what_is_not_there_yet_says_so(llama: Any) -> None:
+    with vattn_cache(llama) as cache:
+        filled(llama, cache, left_padded(5))
+        with pytest.raises(NotImplementedError, match="copied"):
+            copy.deepcopy(cache)
+        with pytest.raises(NotImplementedError, match="assigning the keys"):
+            cache.layers[0].keys = torch.zeros(1)
+        with pytest.raises(NotImplementedError, match="offload"):
+            cache.layers[0].offload()
+
+
+def test_keys_of_another_type_or_shape_are_refused(llama: Any) -> None:
+    with vattn_cache(llama, dtype=torch.bfloat16) as cache:
+        k = torch.zeros(1, 2, 1, 16)
+        with pytest.raises(ValueError, match=r"torch\.float32, the cache holds torch\.bfloat16"):
+            cache.layers[0].update(k, k)
+        cache.layers[0].update(k.bfloat16(), k.bfloat16())
+        other = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
+        with pytest.raises(NotImplementedError, match="layers differ"):
+            cache.layers[1].update(other, other)
+
+
+def test_models_it_cannot_serve_are_refused() -> None:
+    chunked = transformers.LlamaConfig(**SMALL, attention_chunk_size=8)
+    with pytest.raises(NotImplementedError, match="chunked attention"):
+        VAttnCache(chunked)
+    mamba = transformers.Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2)
+    with pytest.raises(ValueError, match="no layer of Qwen3NextConfig"):
+        VAttnCache(mamba)
+
+
+def test_bad_settings_are_refused(llama: Any) -> None:
+    with pytest.raises(ValueError, match="max_cache_len is 0"):
+        VAttnCache(llama.config, max_cache_len=0)
+    with pytest.raises(ValueError, match="memory is 'much'"):
+        VAttnCache(llama.config, memory="much")

@@ -1,0 +1,102 @@
+"""The KV memory as torch tensors: zero-copy, strided, one pair per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vattn import _C
+from vattn.config import CacheConfig
+from vattn.units import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+DLPACK_DEVICE = {"cpu": 1, "cuda": 2}
+
+
+class LayerTensors:
+    """K and V of every layer, made when first asked for.
+
+    The tensors keep the addresses reserved; this object can be dropped before them.
+    """
+
+    def __init__(self, core: _C.KVCache, config: CacheConfig) -> None:
+        self._core = core
+        self._config = config
+        self._by_layer: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def clear(self) -> None:
+        """Let go of the tensors."""
+        self._by_layer.clear()
+
+    def select(
+        self, layer: int, rows: int | slice | Sequence[int] | None, max_len: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return views of some rows and of the first tokens; see :meth:`vattn.KVCache.kv`."""
+        if not 0 <= layer < self._config.num_layers:
+            raise IndexError(f"layer is {layer}, expected 0 to {self._config.num_layers - 1}")
+        if layer not in self._by_layer:
+            k = self._import(layer, is_v=False)
+            assert k is not None
+            self._by_layer[layer] = k, self._import(layer, is_v=True)
+        k, v = self._by_layer[layer]
+        return self._view(k, rows, max_len), None if v is None else self._view(v, rows, max_len)
+
+    def _import(self, layer: int, *, is_v: bool) -> torch.Tensor | None:
+        import torch
+
+        dtype = DTYPES[self._config.dtype_name]
+        capsule = self._core.capsule(
+            layer=layer,
+            is_v=is_v,
+            type_code=dtype.dlpack_code,
+            bits=dtype.bits,
+            device_type=DLPACK_DEVICE[self._config.device_type],
+            device_id=self._config.device_index,
+        )
+        if capsule is None:
+            return None
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
+        return tensor.view(getattr(torch, self._config.dtype_name)) if dtype.reinterpret else tensor
+
+    def _view(
+        self, tensor: torch.Tensor, rows: int | slice | Sequence[int] | None, max_len: int | None
+    ) -> torch.Tensor:
+        if max_len is not None:
+            limit = self._config.max_seq_len
+            if not 0 <= max_len <= limit:
+                raise ValueError(f"max_len is {max_len}, expected 0 to max_seq_len = {limit}")
+            tensor = tensor.narrow(1 if self._config.order == "NHD" else 2, 0, max_len)
+        return tensor if rows is None else tensor[as_slice(rows, self._config.max_batch_size)]
+
+
+def as_slice(rows: int | slice | Sequence[int], n_rows: int) -> slice:
+    """Turn a choice of rows into the slice that selects them, which is what a view can do.
+
+    Examples
+    --------
+    >>> as_slice([1, 3, 5], n_rows=8)
+    slice(1, 6, 2)
+    """
+    if isinstance(rows, slice):
+        return rows
+    wanted = [rows] if isinstance(rows, int) else [int(row) for row in rows]
+    for row in wanted:
+        if not 0 <= row < n_rows:
+            raise IndexError(f"row is {row}, expected 0 to {n_rows - 1}")
+    stride = wanted[1] - wanted[0] if len(wanted) > 1 else 1
+    if not wanted or stride < 1 or wanted != list(range(wanted[0], wanted[-1] + 1, stride)):
+        raise ValueError(
+            f"rows are {wanted}, expected ascending and evenly spaced ones: only those can be a "
+            "view. Pass cache_batch_idx to the kernel, or index the tensor, which copies"
+        )
+    return slice(wanted[0], wanted[-1] + 1, stride)
+
+
+def flatten(tensor: torch.Tensor) -> torch.Tensor:
+    """[rows, tokens, heads, dim] as [tokens, heads, dim], with the gaps between the rows."""
+    rows, tokens, heads, dim = tensor.shape
+    stride_tokens = tensor.stride(0) // tensor.stride(1)
+    size = ((rows - 1) * stride_tokens + tokens, heads, dim)
+    return tensor.as_strided(size, tensor.stride()[1:])
