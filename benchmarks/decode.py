@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -61,6 +62,8 @@ class Run:
     ns: list[int] = field(default_factory=list)
     with_calls: int = 0
     calls: int = 0
+    waited: int = 0  # steps that gave up the core, for the lock or in the driver
+    preempted: int = 0  # steps that the scheduler took the core from
     background_calls: int = 0
 
     @property
@@ -109,9 +112,13 @@ def _replay(
         for lookahead, cache in caches.items():
             run = runs[lookahead]
             before = cache.stats().calls("step")
+            switches = resource.getrusage(resource.RUSAGE_THREAD)
             start = time.perf_counter_ns()
             cache.step(lens)
             run.ns.append(time.perf_counter_ns() - start)
+            now = resource.getrusage(resource.RUSAGE_THREAD)
+            run.waited += now.ru_nvcsw > switches.ru_nvcsw
+            run.preempted += now.ru_nivcsw > switches.ru_nivcsw
             calls = cache.stats().calls("step") - before
             run.calls += calls
             run.with_calls += calls > 0
@@ -146,6 +153,8 @@ def measure(device: str, quick: bool) -> tuple[list[Measurement], list[Target]]:
                     "steps that called the driver": run.with_calls,
                     "calls in step": run.calls,
                     "in background": run.background_calls,
+                    "steps that waited": run.waited,
+                    "steps that were preempted": run.preempted,
                 }
                 measurements.append(
                     Measurement(

@@ -137,9 +137,7 @@ def _measurements(name: str, what: str, samples: Samples, limit: str | None) -> 
     ]
 
 
-def measure(
-    device: str, quick: bool, *, has_floor: bool
-) -> tuple[list[Measurement], list[Target]]:
+def measure(device: str, quick: bool, *, has_floor: bool) -> tuple[list[Measurement], list[Target]]:
     """Grow one row by 1 GiB.
 
     Expected: 64 times fewer creates. On the host the neighbours in the file are mapped by one call
@@ -156,7 +154,10 @@ def measure(
         limit = "mmap_scattered" if has_floor else None
         again = f"{name}_scattered"
         measurements += _measurements(
-            again, f"memory scattered over {SCATTER_ROWS} idle rows, {what}", scattered[again], limit
+            again,
+            f"memory scattered over {SCATTER_ROWS} idle rows, {what}",
+            scattered[again],
+            limit,
         )
     few, many = fresh["super_pages"], fresh["single_pages"]
     medians = [Distribution.of(s.total).median for s in (few, many)]

@@ -107,7 +107,9 @@ class CudaVmm:
         self._call(driver.cuInit(0))
         self._device = self._call(driver.cuDeviceGet(ordinal))
         # The context that torch and vattn use.
-        self._call(driver.cuCtxSetCurrent(self._call(driver.cuDevicePrimaryCtxRetain(self._device))))
+        self._call(
+            driver.cuCtxSetCurrent(self._call(driver.cuDevicePrimaryCtxRetain(self._device)))
+        )
         kind = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._prop = driver.CUmemAllocationProp()
         self._prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -121,7 +123,7 @@ class CudaVmm:
         self.page_bytes = int(self._call(driver.cuMemGetAllocationGranularity(self._prop, minimum)))
 
     def _call(self, result: tuple[Any, ...]) -> Any:
-        if int(result[0]) != 0:
+        if result[0] != self._driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"the CUDA driver answered {result[0]}")
         return result[1] if len(result) > 1 else None
 

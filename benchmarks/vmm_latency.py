@@ -73,7 +73,9 @@ def _timed(samples: Samples, call: str, action: Callable[[], Any]) -> Any:
     return result
 
 
-def raw_once(raw: RawVmm, size: int, manner: Manner, samples: Samples, counts: dict[str, int]):
+def raw_once(
+    raw: RawVmm, size: int, manner: Manner, samples: Samples, counts: dict[str, int]
+) -> None:
     """Reserve, back and give back a range of ``size`` bytes. Adds one sample for each call."""
     piece = manner.piece or size
     offsets = range(0, size, piece)
@@ -114,8 +116,6 @@ def _totals(pool: Any) -> dict[str, tuple[int, int]]:
 class OwnDriver:
     """The same through a cache of one row: its tracing says what each call took."""
 
-    OUR_NAME = {"free": "unreserve"}
-
     def __init__(self, device: str, size: int, manner: Manner) -> None:
         piece = manner.piece or size
         self._pieces = size // piece
@@ -150,7 +150,7 @@ class OwnDriver:
         del cache
         after = _totals(pool)
         for call in CALLS:
-            name = self.OUR_NAME.get(call, call)
+            name = "unreserve" if call == "free" else call
             counts[call] = after[name][0] - before[name][0]
             samples[call].append(after[name][1] - before[name][1])
         for call in ("reserve", "map", "free"):
@@ -204,8 +204,10 @@ def measure(device: str, raw: RawVmm | None, sizes: list[int], n: int) -> list[M
         if manner.piece and manner.piece >= size:
             continue
         # vattn populates on its background thread only, and knows best how to set access.
-        ours = None if manner.populate or not manner.access_per_run else OwnDriver(
-            device, size, manner
+        ours = (
+            None
+            if manner.populate or not manner.access_per_run
+            else OwnDriver(device, size, manner)
         )
         samples: dict[str, Samples] = {"raw": defaultdict(list), "vattn": defaultdict(list)}
         counts: dict[str, dict[str, int]] = {"raw": {}, "vattn": {}}

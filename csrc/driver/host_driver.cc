@@ -14,6 +14,7 @@
 #include "base/fork.h"
 #include "base/log.h"
 #include "base/units.h"
+#include "driver/mapping_reserve.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14; older kernels answer EINVAL
@@ -133,14 +134,13 @@ class HostVmmDriver final : public VmmDriver {
       size_t bytes = run[i].bytes;
       // Neighbours in the file become one mapping: one call, and one towards vm.max_map_count.
       for (++i; i < run.size() && follows(run[i], file, bytes); ++i) bytes += run[i].bytes;
-      if (mmap(pointer(at), bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file.fd,
+      if (!spare_mappings_.acquire() ||
+          mmap(pointer(at), bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file.fd,
                static_cast<off_t>(file.offset)) == MAP_FAILED) {
         const int code = errno;
+        spare_mappings_.release();
         if (at > base) restore_placeholder(base, at - base);
-        errno = code;
-        throw_errno("mmap(MAP_FIXED)", "; vm.max_map_count is " +
-                                           std::to_string(read_number(kMaxMapCount)) +
-                                           ", raise it with sysctl or use larger page_bytes");
+        throw_map_failed(code);
       }
       at += bytes;
     }
@@ -194,7 +194,12 @@ class HostVmmDriver final : public VmmDriver {
   }
 
  private:
-  static constexpr const char* kMaxMapCount = "/proc/sys/vm/max_map_count";
+  [[noreturn]] static void throw_map_failed(int code) {
+    throw DriverError("mmap(MAP_FIXED)", code,
+                      std::string(std::strerror(code)) + "; vm.max_map_count is " +
+                          std::to_string(read_number("/proc/sys/vm/max_map_count")) +
+                          ", raise it with sysctl or use larger page_bytes");
+  }
 
   SharedHandle locate(const Extent& extent) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -238,6 +243,7 @@ class HostVmmDriver final : public VmmDriver {
   const size_t page_bytes_;
   const ProcessBound process_;
   int fd_ = -1;
+  MappingReserve spare_mappings_;
   std::mutex mutex_;  // guards everything below
   size_t next_offset_ = 0;
   uint64_t next_import_ = 0;

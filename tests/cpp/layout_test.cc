@@ -280,7 +280,7 @@ void more_than_the_address_space_is_refused() {
   // 1,024 bytes a token and head: 64 TiB are 2^36 of them.
   CHECK_EQ(with(1024, size_t{1} << 26, 1).reserved_bytes, size_t{64} << 40);
   CHECK_THROWS(std::invalid_argument, with(1025, size_t{1} << 26, 1),
-               "the rows need more than 65536 GiB of addresses; lower max_batch_size");
+               "the rows need more than 64 TiB of addresses; lower max_batch_size");
   CHECK_THROWS(std::invalid_argument, with(1, SIZE_MAX / 8, 1), "of addresses");
   CHECK_THROWS(std::invalid_argument, with(SIZE_MAX / 8, 1, 1), "of addresses");
   CHECK_THROWS(std::invalid_argument, with(1, 1, SIZE_MAX / 8), "of addresses");

@@ -34,7 +34,7 @@ class Ledger final : public VmmDriver {
   LedgerCounts now() const;
   // Preconditions of VmmDriver that the caller broke, one per line.
   std::string violations() const;
-  // Runs inside create(). Set it while nobody calls.
+  // Runs inside create(). Set it while nobody creates.
   std::function<void()> in_create;
 
   size_t page_bytes() const noexcept override { return inner_->page_bytes(); }

@@ -138,8 +138,8 @@ void closing_under_load_is_an_error_to_the_others(const Backend& backend) {
     Crew crew;
     for (unsigned seed = 1; seed <= 2; ++seed) {
       crew.run([&, seed] {
-        const int64_t row = rig.alloc(0, static_cast<Stream>(seed));
         try {
+          const int64_t row = rig.alloc(0, static_cast<Stream>(seed));
           for (int64_t len = 0;; ++len) {
             rig.kv->step_rows({{row, len % 20}});
             ++steps;
