@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ class Backend:
             "max_seq_len": 64 * self.page_tokens,
         }
         return vattn.CacheConfig(**(defaults | options))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """For what the background thread does in its own time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
 
 
 def load_double() -> ctypes.CDLL:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 
 import numpy as np
 import pytest
 import torch
-from backends import BACKENDS, TOKEN_BYTES
+from backends import BACKENDS, TOKEN_BYTES, wait_until
 
 import vattn
 
@@ -285,11 +284,7 @@ def test_growth_by_many_pages_takes_few_large_extents(make_cache, backend):
 def test_the_background_thread_maps_ahead_of_need(make_cache, backend):
     cache = make_cache(lookahead=2 * backend.page_tokens)
     row = cache.alloc(backend.page_tokens)
-    deadline = threading.Event()
-    for _ in range(1000):
-        if cache.mapped_tokens(row) >= 2 * backend.page_tokens:
-            break
-        deadline.wait(0.01)
+    wait_until(lambda: cache.mapped_tokens(row) >= 2 * backend.page_tokens)
     cache.step({row: backend.page_tokens})
     assert cache.stats().calls("step") == 0
     assert cache.stats().calls("background") > 0
@@ -304,6 +299,18 @@ def test_memory_mapped_ahead_never_makes_a_step_fail(make_cache, backend):
         cache.step({b: tokens})
     cache.step({b: 7 * backend.page_tokens})
     cache.check()
+
+
+def test_a_step_does_not_take_from_one_of_its_rows_to_give_to_another(make_cache, backend):
+    cache = make_cache(pages=8, lookahead=3 * backend.page_tokens)
+    a, b = cache.alloc(), cache.alloc()
+    cache.step({a: 1, b: 1})
+    wait_until(lambda: cache.stats().mapped_bytes == 8 * backend.page_bytes)
+    cache.step({a: 3 * backend.page_tokens, b: 5 * backend.page_tokens})
+    cache.check()
+    fill(cache, a, 3 * backend.page_tokens, 1.0)
+    fill(cache, b, 5 * backend.page_tokens, 2.0)
+    assert holds(cache, a, 3 * backend.page_tokens, 1.0)
 
 
 def test_trim_gives_idle_and_free_memory_back(make_cache, backend):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from backends import Backend
+from backends import Backend, wait_until
 
 import vattn
 
@@ -33,13 +32,6 @@ def smaps_kib(name, address):
 def resident_mib():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / MIB
-
-
-def wait_until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
 
 
 def test_only_touched_tokens_take_memory_and_closing_gives_it_back():

@@ -138,7 +138,10 @@ void KvCache::step(const int64_t* seq_lens, size_t n) {
     throw std::invalid_argument("seq_lens has " + std::to_string(n) +
                                 " entries, expected max_batch_size = " + std::to_string(n_rows_));
   }
-  step_locked(seq_lens);
+  // A copy: another thread may write the caller's buffer meanwhile, and what is checked must be
+  // what is published.
+  std::copy_n(seq_lens, n, scratch_lens_.begin());
+  step_locked(scratch_lens_.data());
 }
 
 void KvCache::step_rows(const std::vector<std::pair<int64_t, int64_t>>& row_and_len) {
