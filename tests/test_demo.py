@@ -48,7 +48,6 @@ def run_of(tokens: list[list[int]], logits: list[list[list[float]]]) -> Run:
         prefill_s=1.0,
         decode_s=1.0,
         samples=[Sample(tokens=1, mapped_bytes=MEBI, used_bytes=MEBI)],
-        rss_growth_bytes=None,
     )
 
 

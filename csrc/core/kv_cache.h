@@ -110,7 +110,7 @@ class KvCache {
 
   BackgroundThread::Next background_work() noexcept;
   std::optional<Growth> next_prefetch() const;
-  size_t prefetch_target(size_t row) const;
+  std::optional<Growth> prefetch_of(size_t row) const;
 
   VmmDriver& driver() const noexcept { return rows_.pool().driver(); }
 

@@ -101,9 +101,15 @@ size_t KvCache::retire_ready() {
   return any ? pool_->trim() : 0;
 }
 
-size_t KvCache::prefetch_target(size_t row) const {
-  const size_t ahead = static_cast<size_t>(seq_lens_[row]) + lookahead_;
-  return std::min(std::max(ahead, row_[row].hint_tokens), max_seq_len_);
+// First what alloc() was told to expect, like a step() would map it; then the lookahead, which may
+// be asked back at any time: single pages.
+std::optional<Growth> KvCache::prefetch_of(size_t row) const {
+  if (row_[row].state != RowState::kActive) return std::nullopt;
+  const size_t mapped = static_cast<size_t>(limits_[row]);
+  if (row_[row].hint_tokens > mapped) return Growth{row, row_[row].hint_tokens};
+  const size_t ahead = std::min(static_cast<size_t>(seq_lens_[row]) + lookahead_, max_seq_len_);
+  if (ahead > mapped) return Growth{row, ahead, /*largest_order=*/0};
+  return std::nullopt;
 }
 
 // The active row that will run out of mapped tokens first.
@@ -112,14 +118,11 @@ std::optional<Growth> KvCache::next_prefetch() const {
   std::optional<Growth> best;
   int64_t best_left = 0;
   for (size_t row = 0; row < n_rows_; ++row) {
-    if (row_[row].state != RowState::kActive) continue;
-    const size_t target = prefetch_target(row);
-    if (static_cast<int64_t>(target) <= limits_[row]) continue;
+    const std::optional<Growth> growth = prefetch_of(row);
     const int64_t left = limits_[row] - seq_lens_[row];
-    if (!best || left < best_left) {
-      best = Growth{row, target};
-      best_left = left;
-    }
+    if (!growth || (best && left >= best_left)) continue;
+    best = growth;
+    best_left = left;
   }
   return best;
 }
@@ -136,7 +139,7 @@ BackgroundThread::Next KvCache::background_work() noexcept {
       const size_t n_pages = rows_.next_run_pages(*growth);
       // Creating is the slow part and needs no lock on the rows; look again afterwards.
       lock.unlock();
-      if (pool_->prepare(n_pages)) return Next::kAgain;
+      if (pool_->prepare(n_pages, growth->largest_order)) return Next::kAgain;
       lock.lock();
       const auto again = closed_ ? std::nullopt : next_prefetch();
       if (!again) return Next::kAgain;

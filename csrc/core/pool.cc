@@ -66,12 +66,12 @@ Pool::~Pool() {
   trim();
 }
 
-void Pool::take(size_t n_pages, std::vector<ExtentId>& out) {
+void Pool::take(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order) {
   if (n_pages == 0) return;
   const std::lock_guard<std::mutex> lock(mutex_);
   PoolCounts now = counts();
   const char* remedy = "free a request or raise memory";
-  if (auto plan = plan_take(n_pages, now)) {
+  if (const auto plan = plan_take(n_pages, now, largest_order)) {
     try {
       execute(*plan, out);
       return;
@@ -83,7 +83,7 @@ void Pool::take(size_t n_pages, std::vector<ExtentId>& out) {
   }
   now = counts();
   now.creatable_pages = 0;
-  const auto plan = plan_take(n_pages, now);
+  const auto plan = plan_take(n_pages, now, largest_order);
   const auto traded = [](const TakePlan& p) {
     return std::any_of(p.release.begin(), p.release.end(), [](size_t n) { return n != 0; });
   };
@@ -118,9 +118,9 @@ void Pool::execute(const TakePlan& plan, std::vector<ExtentId>& out) {
   peak_taken_bytes_ = std::max(peak_taken_bytes_, held_bytes_ - free_bytes_);
 }
 
-bool Pool::prepare(size_t n_pages) {
+bool Pool::prepare(size_t n_pages, size_t largest_order) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto plan = plan_take(n_pages, counts());
+  const auto plan = plan_take(n_pages, counts(), largest_order);
   if (!plan) return false;
   for (size_t order = max_order_ + 1; order-- > 0;) {
     // A trade needs its release first; take() does both.

@@ -35,8 +35,8 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   // Appends extents of n_pages in all to `out`, largest first, each with one reference.
-  // All or nothing: throws OutOfPages or DriverError.
-  void take(size_t n_pages, std::vector<ExtentId>& out);
+  // No extent is above `largest_order`. All or nothing: throws OutOfPages or DriverError.
+  void take(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order = kMaxOrders - 1);
   // How many caches map extents of this pool.
   void add_user() noexcept { ++users_; }
   void remove_user() noexcept { --users_; }
@@ -45,7 +45,7 @@ class Pool {
   // Creates at most one of the extents that take(n_pages) would have to create. True: did so, there
   // may be more. False too when the driver has no memory left: take() deals with that. For the
   // background thread: nobody waits for longer than one driver call.
-  bool prepare(size_t n_pages);
+  bool prepare(size_t n_pages, size_t largest_order = kMaxOrders - 1);
 
   void add_reference(ExtentId id);
   // Drops a reference; with the last one the extent is free.

@@ -81,7 +81,7 @@ std::vector<RowMemory::Run> RowMemory::plan(const std::vector<Growth>& growths) 
     for (size_t g = 0; g < n_regions_; ++g) {
       const size_t want = pages_for(g, growth.tokens);
       const size_t have = state(growth.row, g).pages;
-      if (want > have) runs.push_back({growth.row, g, want - have});
+      if (want > have) runs.push_back({growth.row, g, want - have, growth.largest_order});
     }
   }
   return runs;
@@ -125,7 +125,7 @@ RowMemory::Step RowMemory::grow_one_run(Growth growth) {
 void RowMemory::map_run(const Run& run) {
   RegionState& s = state(run.row, run.region);
   const size_t before = s.extents.size();
-  pool_->take(run.n_pages, s.extents);
+  pool_->take(run.n_pages, s.extents, run.largest_order);
   try {
     // Room for all of the region: unmap_tail() must not allocate.
     scratch_.reserve(s.extents.size());

@@ -15,6 +15,8 @@ namespace vattn {
 struct Growth {
   size_t row;
   size_t tokens;
+  // Extents up to this order. 0: single pages, any of which can be taken back again.
+  size_t largest_order = kMaxOrders - 1;
 };
 
 class RowMemory {
@@ -71,6 +73,7 @@ class RowMemory {
     size_t row;
     size_t region;
     size_t n_pages;
+    size_t largest_order;
   };
 
   RegionState& state(size_t row, size_t region) { return states_[row * n_regions_ + region]; }

@@ -6,8 +6,8 @@ namespace vattn {
 namespace {
 
 // Moves what it can from `counts` to `plan`; returns the pages it could not cover.
-size_t cover(size_t n_pages, PoolCounts& counts, TakePlan& plan) {
-  for (size_t order = counts.max_order + 1; order-- > 0;) {
+size_t cover(size_t n_pages, size_t largest_order, PoolCounts& counts, TakePlan& plan) {
+  for (size_t order = largest_order + 1; order-- > 0;) {
     const size_t reused = std::min(n_pages >> order, counts.free[order]);
     counts.free[order] -= reused;
     plan.reuse[order] += reused;
@@ -29,20 +29,21 @@ size_t PoolCounts::available_pages() const {
   return pages;
 }
 
-std::optional<TakePlan> plan_take(size_t n_pages, PoolCounts counts) {
+std::optional<TakePlan> plan_take(size_t n_pages, PoolCounts counts, size_t largest_order) {
+  const size_t top = std::min(counts.max_order, largest_order);
   TakePlan plan;
-  const size_t missing = cover(n_pages, counts, plan);
-  if (missing == 0) return plan;
-  // cover() left an extent free only if it is larger than what is missing: one is enough.
-  for (size_t order = 0; order <= counts.max_order; ++order) {
-    if (counts.free[order] == 0) continue;
+  size_t missing = cover(n_pages, top, counts, plan);
+  while (missing != 0) {
+    // What is still free is too large to be taken whole. Trade the smallest.
+    size_t order = 0;
+    while (order <= counts.max_order && counts.free[order] == 0) ++order;
+    if (order > counts.max_order) return std::nullopt;
     --counts.free[order];
     ++plan.release[order];
     counts.creatable_pages += size_t{1} << order;
-    cover(missing, counts, plan);
-    return plan;
+    missing = cover(missing, top, counts, plan);
   }
-  return std::nullopt;
+  return plan;
 }
 
 }  // namespace vattn

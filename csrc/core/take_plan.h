@@ -30,7 +30,8 @@ struct TakePlan {
 
 // From the largest order down: what is free, else new ones while the budget allows, else smaller
 // ones. What is free only in larger extents is traded: one is released and made anew in pieces.
-// nullopt: fewer than n_pages are available.
-std::optional<TakePlan> plan_take(size_t n_pages, PoolCounts counts);
+// Takes no extent above `largest_order`. nullopt: fewer than n_pages are available.
+std::optional<TakePlan> plan_take(size_t n_pages, PoolCounts counts,
+                                  size_t largest_order = kMaxOrders - 1);
 
 }  // namespace vattn
