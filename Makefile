@@ -20,7 +20,7 @@ say = @printf '\n==> %s\n' $(1)
 CSRC := $(shell find csrc -type d -o -name '*.h' -o -name '*.cc')
 # The folders to lint that are there.
 PY_DIRS := $(wildcard setup.py vattn tests benchmarks docs)
-CPP_DIRS := $(wildcard csrc tests/cpp tests/libcuda_double)
+CPP_DIRS := $(wildcard csrc tests/cpp tests/libcuda_double benchmarks/cpp)
 CPP_FILES = $(shell find $(CPP_DIRS) -name '*.h' -o -name '*.cc')
 
 .PHONY: help compiler setup test demo lint format test-cpp test-py bench dist-check clean distclean
@@ -127,7 +127,7 @@ demo: $(VENV)/.extension
 	@$(BIN)/python -m vattn.demo $(DEMO_ARGS)
 
 bench: $(VENV)/.extension
-	@$(BIN)/python benchmarks/step_latency.py $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks.step_latency $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info vattn/*.so $(VENV)/.extension

@@ -107,10 +107,11 @@ def _replay(
             cache.alloc(seq_len=int(n))
         cache.step(lens)
     time.sleep(0.5)  # the prompts' own growth is not part of decoding
-    for _ in progress(range(steps), what):
+    for i in progress(range(steps), what):
         lens += 1
-        for lookahead, cache in caches.items():
-            run = runs[lookahead]
+        # The first after the wait finds cold memory caches: each in its turn.
+        for lookahead in LOOKAHEADS[:: 1 if i % 2 else -1]:
+            run, cache = runs[lookahead], caches[lookahead]
             before = cache.stats().calls("step")
             switches = resource.getrusage(resource.RUSAGE_THREAD)
             start = time.perf_counter_ns()

@@ -96,7 +96,7 @@ def run_process(command: list[str], log: Path, limit_s: float) -> tuple[int | No
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            status: int | None = process.wait()
+            status: int | None = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             status = None
             # Its children too: a compiler would go on, a hung kernel would hold the GPU.

@@ -173,6 +173,8 @@ def open_raw(device: str) -> tuple[RawVmm | None, str]:
         return CudaVmm(ordinal), "cuda.bindings.driver"
     except ImportError:
         return None, "cuda-python is not installed (pip install cuda-bindings): only vattn's own"
+    except RuntimeError as error:
+        return None, f"cuda-python does not work here ({error}): only vattn's own"
 
 
 def _measurements(

@@ -59,11 +59,18 @@ LayoutSpec rig_spec(size_t page_bytes, const RigOptions& options) {
 }
 
 Rig::Rig(const Backend& backend, const RigOptions& options)
-    : ledger(std::make_shared<Ledger>(backend.open())), faults(inject_faults(ledger)) {
+    : is_cuda(backend.is_cuda),
+      ledger(std::make_shared<Ledger>(backend.open())),
+      faults(inject_faults(ledger)) {
   page = ledger->page_bytes();
   pool = std::make_shared<Pool>(faults, page, options.max_extent_pages * page,
                                 options.budget_pages * page);
   kv = std::make_unique<KvCache>(pool, rig_spec(page, options), options.lookahead);
+}
+
+Rig::~Rig() {
+  if (!is_cuda) return;
+  for (const Stream stream : {kStreamA, kStreamB}) set_busy(stream, false);
 }
 
 int64_t Rig::idle_row(int64_t tokens, Stream stream) {

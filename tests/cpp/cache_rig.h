@@ -50,6 +50,10 @@ LayoutSpec rig_spec(size_t page_bytes, const RigOptions& options);
 // pool -> fault injection -> ledger -> driver
 struct Rig {
   explicit Rig(const Backend& backend, const RigOptions& options = {});
+  // Lets the streams go idle: after a failed check, close() must not wait for them.
+  ~Rig();
+  Rig(const Rig&) = delete;
+  Rig& operator=(const Rig&) = delete;
 
   int64_t alloc(int64_t seq_len = 0, Stream stream = Stream{}) {
     return static_cast<int64_t>(kv->alloc(seq_len, stream));
@@ -71,6 +75,7 @@ struct Rig {
   // Gives the cache and the pool back, and fails if anything is left of them.
   void end();
 
+  bool is_cuda;
   size_t page;
   std::shared_ptr<Ledger> ledger;
   std::shared_ptr<FaultDriver> faults;

@@ -78,6 +78,27 @@ void growing_rows(const Backend& backend) {
         {{}, [](Rig& rig) { rig.start({1, 0, 2}); }, [](Rig& rig) { rig.step({7, 3, 2, 0}); }}, 11);
 }
 
+// Pages of a step that failed go back to the pool, where the next one finds them.
+void a_failed_step_keeps_no_page(const Backend& backend) {
+  for (uint64_t nth = 1;; ++nth) {
+    Rig rig(backend);
+    rig.start({1, 0, 2});
+    rig.faults->fail_nth(nth);
+    try {
+      rig.step({7, 0, 9, 0});
+      CHECK(nth > 2);
+      return;
+    } catch (const DriverError&) {
+    }
+    CHECK_EQ(rig.mapped(0), 1u);
+    CHECK_EQ(rig.mapped(2), 2u);
+    CHECK_EQ(rig.pages_mapped(), 3u);
+    CHECK_EQ(rig.pool->stats().held_bytes - rig.pool->stats().free_bytes, 3 * rig.page);
+    rig.faults->disarm();
+    rig.end();
+  }
+}
+
 void growing_many_regions(const Backend& backend) {
   RigOptions options;
   options.kind = LayoutKind::kPerLayer;
@@ -292,9 +313,10 @@ void prefetching(const Backend& backend) {
 
 int main(int argc, char** argv) {
   std::vector<Test> tests = over_all_backends(
-      {BACKEND_TEST(growing_rows), BACKEND_TEST(growing_many_regions),
-       BACKEND_TEST(growing_by_super_pages), BACKEND_TEST(growing_by_what_is_reclaimed),
-       BACKEND_TEST(growing_by_a_trade), BACKEND_TEST(growing_many_regions_by_what_is_reclaimed),
+      {BACKEND_TEST(growing_rows), BACKEND_TEST(a_failed_step_keeps_no_page),
+       BACKEND_TEST(growing_many_regions), BACKEND_TEST(growing_by_super_pages),
+       BACKEND_TEST(growing_by_what_is_reclaimed), BACKEND_TEST(growing_by_a_trade),
+       BACKEND_TEST(growing_many_regions_by_what_is_reclaimed),
        BACKEND_TEST(starting_and_ending_requests), BACKEND_TEST(freeing),
        BACKEND_TEST(adopting_while_others_retire), BACKEND_TEST(trimming),
        BACKEND_TEST(making_a_cache), BACKEND_TEST(closing_without_waiting), BACKEND_TEST(closing),

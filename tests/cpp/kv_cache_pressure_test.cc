@@ -65,6 +65,17 @@ void pages_ahead_of_the_growing_row_are_not_free(const Backend& backend) {
   rig.end();
 }
 
+// Kernels of the steps before may still be reading what the row has given up since.
+void tokens_that_a_row_once_had_are_kept_after_it_shrinks(const Backend& backend) {
+  Rig rig(backend, twenty_pages());
+  rig.start({5, 10});
+  rig.step({5, 2, 0, 0});
+  check_out_of_pages([&] { rig.step({12, 2, 0, 0}); }, 7, 5);
+  CHECK_EQ(rig.mapped(1), 10u);
+  rig.kv->check();
+  rig.end();
+}
+
 // Rows 0 and 1 grow and have pages ahead; what they need is ahead of row 2.
 void growing_rows_do_not_hide_the_pages_ahead_of_others(const Backend& backend) {
   RigOptions options;
@@ -89,6 +100,7 @@ int main(int argc, char** argv) {
            BACKEND_TEST(memory_for_this_step_is_not_taken_from_a_row_that_does_not_grow),
            BACKEND_TEST(out_of_pages_counts_what_this_step_leaves_free),
            BACKEND_TEST(pages_ahead_of_the_growing_row_are_not_free),
+           BACKEND_TEST(tokens_that_a_row_once_had_are_kept_after_it_shrinks),
            BACKEND_TEST(growing_rows_do_not_hide_the_pages_ahead_of_others)}),
       argc > 1 ? argv[1] : nullptr);
 }

@@ -160,6 +160,10 @@ void trim_returns_the_memory_of_idle_rows_and_free_pages(const Backend& backend)
   CHECK_EQ(rig.mapped(1), 0u);
   CHECK_EQ(rig.mapped(0), 3u);
   CHECK_EQ(rig.kv->trim(), 0u);
+  std::vector<ExtentId> taken;
+  rig.pool->take(2, taken);
+  for (const ExtentId id : taken) rig.pool->give_back(id);
+  CHECK_EQ(rig.kv->trim(), 2 * rig.page);
   rig.kv->check();
   rig.end();
 }

@@ -282,6 +282,7 @@ void more_than_the_address_space_is_refused() {
   CHECK_THROWS(std::invalid_argument, with(1025, size_t{1} << 26, 1),
                "the rows need more than 64 TiB of addresses; lower max_batch_size");
   CHECK_THROWS(std::invalid_argument, with(1, SIZE_MAX / 8, 1), "of addresses");
+  CHECK_THROWS(std::invalid_argument, with(1, size_t{1} << 54, 1), "of addresses");  // 2^64 bytes
   CHECK_THROWS(std::invalid_argument, with(SIZE_MAX / 8, 1, 1), "of addresses");
   CHECK_THROWS(std::invalid_argument, with(1, 1, SIZE_MAX / 8), "of addresses");
 }

@@ -218,6 +218,8 @@ def test_reset_makes_room_for_another_batch(llama: Any) -> None:
             assert_same(generate(llama, left_padded(*lengths), cache), stock)
             cache.reset()
             assert cache.get_seq_length() == 0
+            assert cache.kv_cache is not None
+            assert cache.kv_cache.stats().rows_active == 0, "no other row can have their memory"
 
 
 # A page of 64 KiB is 1,024 tokens of one head of K or V in a layer, and a row has twelve of these.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +25,11 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Run:
-    """What came out of one generation. Bytes of memory are None where they cannot be measured."""
+    """What came out of one generation.
+
+    The memory of the process is not in it: of two runs in one process, what the allocator kept from
+    the one decides what the other seems to take.
+    """
 
     name: str
     tokens: torch.Tensor
@@ -36,7 +37,6 @@ class Run:
     prefill_s: float
     decode_s: float
     samples: list[Sample]
-    rss_growth_bytes: int | None
     details: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -60,7 +60,7 @@ class _AfterEachToken(StoppingCriteria):
         self.times: list[float] = []
         self.samples: list[Sample] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_options: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_options: Any) -> torch.Tensor:
         if input_ids.is_cuda:
             torch.cuda.synchronize(input_ids.device)
         self.times.append(time.perf_counter())
@@ -76,7 +76,8 @@ def run_stock(
     cache = DynamicCache(config=subject.model.config)
 
     def sample() -> Sample:
-        live = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        layers: list[Any] = cache.layers
+        live = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         return Sample(tokens=cache.get_seq_length(), mapped_bytes=live, used_bytes=live)
 
     return _generate("DynamicCache", subject, inputs, cache, n_tokens, sample, on_token)
@@ -128,7 +129,6 @@ def _generate(
     on_token: Callable[[], None],
 ) -> Run:
     hook = _AfterEachToken(sample, on_token)
-    rss_before = _start_peak_rss() if inputs["input_ids"].device.type == "cpu" else None
     start = time.perf_counter()
     output = subject.model.generate(
         **inputs,
@@ -142,7 +142,6 @@ def _generate(
         return_dict_in_generate=True,
         output_logits=True,
     )
-    rss_peak = None if rss_before is None else _status_bytes("VmHWM")
     n_prompt = inputs["input_ids"].shape[1]
     return Run(
         name=name,
@@ -151,29 +150,7 @@ def _generate(
         prefill_s=hook.times[0] - start,
         decode_s=hook.times[-1] - hook.times[0],
         samples=hook.samples,
-        rss_growth_bytes=None if rss_before is None or rss_peak is None else rss_peak - rss_before,
     )
-
-
-def _start_peak_rss() -> int | None:
-    """Make the kernel count the peak from here on; None where it does not."""
-    gc.collect()
-    # Otherwise what the run before has freed would make this one look cheaper.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(key: str) -> int | None:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ def load(name: str | None, device: torch.device, *, tiny: bool) -> Subject:
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = Qwen3ForCausalLM(config)
+            model = Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
     finally:
         torch.set_default_dtype(before)
     title = "a tiny Qwen3" if tiny else "Qwen3-0.6B's shape with a vocabulary of bytes"

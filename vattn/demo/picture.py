@@ -59,7 +59,8 @@ def draw(run: Run, max_seq_len: int, folder: Path) -> list[Path]:
     axes.set_xlabel("tokens generated after the prompt")
     axes.set_ylabel("bytes for keys and values (log scale)")
     axes.set_title(
-        f"{rows} prompts, {reserving / max(mapped):,.0f} times less memory than a reservation",
+        f"{rows} prompts: {reserving / max(mapped):,.0f} times less memory than reserving for the "
+        "model's longest text",
         loc="left",
         fontsize=12,
     )

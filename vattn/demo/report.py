@@ -60,8 +60,6 @@ def make_table(ours: Run, stock: Run, difference: Difference | None, logits_apar
     table.add_row("driver calls in step()", "-", f"{d['calls_in_step']} in {d['steps']} steps")
     table.add_row("steps that had to map memory", "-", str(d["steps_with_growth"]))
     table.add_row("driver calls by the background thread", "-", str(d["calls_in_background"]))
-    if ours.rss_growth_bytes is not None and stock.rss_growth_bytes is not None:
-        both("process memory, peak growth", lambda run: human_bytes(run.rss_growth_bytes))
     return table
 
 
@@ -112,7 +110,6 @@ def _as_dict(run: Run) -> dict[str, Any]:
         "decode_s": run.decode_s,
         "decode_tokens_per_s": run.tokens_per_s,
         "peak_kv_bytes": run.peak_bytes,
-        "rss_growth_bytes": run.rss_growth_bytes,
         **run.details,
         "samples": [asdict(sample) for sample in run.samples],
         "tokens": run.tokens.tolist(),
