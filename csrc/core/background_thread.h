@@ -27,8 +27,6 @@ class BackgroundThread {
   void wake();
   // Waits for the piece of work in progress and joins. Idempotent, from any thread but this one.
   void stop();
-  // In a forked child: forget the thread, which does not exist there.
-  void abandon() { thread_.detach(); }
 
  private:
   void run();

@@ -51,12 +51,15 @@ KvCache::KvCache(std::shared_ptr<Pool> pool, const LayoutSpec& spec, size_t look
 
 KvCache::~KvCache() {
   if (process_.forked()) {
-    background_->abandon();
-    // Leaked on purpose: destroying a condition variable waits for the thread that the child lacks.
+    // Leaked on purpose, and not even detached: the child lacks the thread, its id may be another's
+    // by now, and destroying a condition variable would wait for it.
     static_cast<void>(background_.release());
     return;
   }
   close();
+  // What the driver refused to unmap: once more, before the addresses go.
+  for (size_t row = 0; row < n_rows_; ++row) unmap_idle(row);
+  pool_->trim();
 }
 
 void KvCache::check_usable() const {
@@ -132,28 +135,38 @@ void KvCache::free(int64_t index, Stream stream) {
 
 void KvCache::step(const int64_t* seq_lens, size_t n) {
   process_.check_not_forked();
-  const StepLock lock(*this);
-  check_usable();
-  if (n != n_rows_) {
-    throw std::invalid_argument("seq_lens has " + std::to_string(n) +
-                                " entries, expected max_batch_size = " + std::to_string(n_rows_));
+  bool work = false;
+  {
+    const StepLock lock(*this);
+    check_usable();
+    if (n != n_rows_) {
+      throw std::invalid_argument("seq_lens has " + std::to_string(n) +
+                                  " entries, expected max_batch_size = " + std::to_string(n_rows_));
+    }
+    // A copy: another thread may write the caller's buffer meanwhile, and what is checked must be
+    // what is published.
+    std::copy_n(seq_lens, n, scratch_lens_.begin());
+    work = step_locked(scratch_lens_.data());
   }
-  // A copy: another thread may write the caller's buffer meanwhile, and what is checked must be
-  // what is published.
-  std::copy_n(seq_lens, n, scratch_lens_.begin());
-  step_locked(scratch_lens_.data());
+  // After unlocking, or the thread wakes up only to wait for the lock.
+  if (work) background_->wake();
 }
 
 void KvCache::step_rows(const std::vector<std::pair<int64_t, int64_t>>& row_and_len) {
   process_.check_not_forked();
-  const StepLock lock(*this);
-  check_usable();
-  scratch_lens_ = seq_lens_;
-  for (const auto& [row, seq_len] : row_and_len) scratch_lens_[check_row(row)] = seq_len;
-  step_locked(scratch_lens_.data());
+  bool work = false;
+  {
+    const StepLock lock(*this);
+    check_usable();
+    scratch_lens_ = seq_lens_;
+    for (const auto& [row, seq_len] : row_and_len) scratch_lens_[check_row(row)] = seq_len;
+    work = step_locked(scratch_lens_.data());
+  }
+  if (work) background_->wake();
 }
 
-void KvCache::step_locked(const int64_t* seq_lens) {
+// True: there is something to prefetch.
+bool KvCache::step_locked(const int64_t* seq_lens) {
   bool fits = true, ahead = false;
   for (size_t row = 0; row < n_rows_; ++row) {
     // As unsigned numbers, negative lengths are too long.
@@ -171,7 +184,7 @@ void KvCache::step_locked(const int64_t* seq_lens) {
     used_tokens_[row] = std::max(used_tokens_[row], seq_lens[row]);
   }
   ++steps_;
-  if (ahead && lookahead_ != 0 && !prefetch_paused_) background_->wake();
+  return ahead && lookahead_ != 0 && !prefetch_paused_;
 }
 
 void KvCache::check_lens(const int64_t* seq_lens) const {

@@ -93,7 +93,7 @@ class KvCache {
   void check_lens(const int64_t* seq_lens) const;
   void check_conservation(std::vector<ExtentId> mapped) const;
 
-  void step_locked(const int64_t* seq_lens);
+  [[nodiscard]] bool step_locked(const int64_t* seq_lens);
   void grow_rows(const int64_t* seq_lens);
   void grow_or_reclaim(const std::vector<Growth>& growths, size_t needed, const int64_t* seq_lens);
   void refresh(size_t row);
@@ -109,6 +109,7 @@ class KvCache {
   size_t retire_ready();
 
   BackgroundThread::Next background_work() noexcept;
+  void pause_prefetch(uint64_t failures);
   std::optional<Growth> next_prefetch() const;
   std::optional<Growth> prefetch_of(size_t row) const;
 

@@ -127,13 +127,20 @@ std::optional<Growth> KvCache::next_prefetch() const {
   return best;
 }
 
+// Until pages come back.
+void KvCache::pause_prefetch(uint64_t failures) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  prefetch_paused_ = true;
+  prefetch_failures_ += failures;
+}
+
 BackgroundThread::Next KvCache::background_work() noexcept {
   using Next = BackgroundThread::Next;
   const OriginScope origin(CallOrigin::kBackground);
   while (waiting_steps_.load() > 0) std::this_thread::yield();
-  std::unique_lock<std::mutex> lock(mutex_);
-  if (closed_) return Next::kSleep;
   try {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (closed_) return Next::kSleep;
     retire_ready();
     if (const auto growth = next_prefetch()) {
       const size_t n_pages = rows_.next_run_pages(*growth);
@@ -157,15 +164,14 @@ BackgroundThread::Next KvCache::background_work() noexcept {
     }
     return Next::kSleep;
   } catch (const OutOfPages&) {
-    // No spare pages is no failure: step() reclaims, or says so.
+    // No spare pages is no failure: step() reclaims, or says so. There may be other work.
+    pause_prefetch(/*failures=*/0);
+    return Next::kAgain;
   } catch (const std::exception& error) {
     log_line(LogLevel::kWarning, "prefetch failed: %s", error.what());
-    if (!lock.owns_lock()) lock.lock();
-    ++prefetch_failures_;
+    pause_prefetch(/*failures=*/1);
+    return Next::kSleep;
   }
-  if (!lock.owns_lock()) lock.lock();
-  prefetch_paused_ = true;
-  return Next::kSleep;
 }
 
 }  // namespace vattn

@@ -86,6 +86,8 @@ void KvCache::check() const {
 // What the pool gave out is what is mapped. Other caches of the pool, if any, hold the rest.
 void KvCache::check_conservation(std::vector<ExtentId> mapped) const {
   std::sort(mapped.begin(), mapped.end());
+  // The sums first: another cache registers before it takes anything.
+  const PoolStats pool = pool_->stats();
   const bool alone = pool_->users() == 1;
   size_t bytes = 0;
   for (auto it = mapped.begin(); it != mapped.end();) {
@@ -99,7 +101,6 @@ void KvCache::check_conservation(std::vector<ExtentId> mapped) const {
     bytes += pool_->extent(*it).bytes;
     it = next;
   }
-  const PoolStats pool = pool_->stats();
   const size_t taken = pool.held_bytes - pool.free_bytes;
   if (alone ? bytes != taken : bytes > taken) {
     throw std::logic_error("conservation broken: " + std::to_string(bytes) + " bytes mapped, " +

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "base/units.h"
 
@@ -44,6 +45,7 @@ class Builder {
   explicit Builder(const LayoutSpec& spec) : spec_(spec) {}
 
   Layout build() {
+    check_sizes();
     check_groups();
     layout_.layers.resize(num_layers_);
     if (spec_.kind == LayoutKind::kPerLayer) {
@@ -71,6 +73,16 @@ class Builder {
  private:
   bool heads_apart() const { return spec_.order == DimOrder::kHND; }
   Stripe empty_stripe(size_t heads) const { return {heads_apart() ? heads : 1, 0, {}}; }
+
+  void check_sizes() const {
+    const std::pair<const char*, size_t> sizes[] = {{"item_bytes", spec_.item_bytes},
+                                                    {"max_batch_size", spec_.max_batch_size},
+                                                    {"max_seq_len", spec_.max_seq_len},
+                                                    {"page_bytes", spec_.page_bytes}};
+    for (const auto& [name, size] : sizes) {
+      if (size == 0) throw std::invalid_argument(std::string(name) + " is 0, expected at least 1");
+    }
+  }
 
   void check_groups() {
     for (const LayerGroup& group : spec_.groups) num_layers_ += group.layers.size();

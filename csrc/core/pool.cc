@@ -63,32 +63,42 @@ Pool::Pool(std::shared_ptr<VmmDriver> driver, size_t page_bytes, size_t max_exte
 }
 
 Pool::~Pool() {
-  trim();
+  // In a forked child the mutex may be held by a thread that is not there.
+  if (!process_.forked()) trim();
 }
 
 void Pool::take(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order) {
   if (n_pages == 0) return;
   const std::lock_guard<std::mutex> lock(mutex_);
-  PoolCounts now = counts();
-  const char* remedy = "free a request or raise memory";
-  if (const auto plan = plan_take(n_pages, now, largest_order)) {
+  const PoolCounts now = counts();
+  const auto plan = plan_take(n_pages, now, largest_order);
+  if (!plan) {
+    throw OutOfPages(n_pages, now.available_pages(), "free a request or raise memory");
+  }
+  try {
+    execute(*plan, out);
+  } catch (const OutOfDeviceMemory&) {
+    take_from_held(n_pages, out, largest_order);
+  }
+}
+
+// The driver has less than the budget allows: make do with what is created, or can be in its place.
+void Pool::take_from_held(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order) {
+  PoolCounts held = counts();
+  held.creatable_pages = 0;
+  size_t free_pages = held.available_pages();
+  if (const auto plan = plan_take(n_pages, held, largest_order)) {
     try {
       execute(*plan, out);
       return;
     } catch (const OutOfDeviceMemory&) {
-      // The driver has less than the budget allows: make do with what is created.
-      remedy =
-          "the driver has no memory left below the budget: lower memory, or free what others hold";
+      // Someone else was faster to get what a trade gave back.
+      free_pages = n_pages - 1;
     }
   }
-  now = counts();
-  now.creatable_pages = 0;
-  const auto plan = plan_take(n_pages, now, largest_order);
-  const auto traded = [](const TakePlan& p) {
-    return std::any_of(p.release.begin(), p.release.end(), [](size_t n) { return n != 0; });
-  };
-  if (!plan || traded(*plan)) throw OutOfPages(n_pages, now.available_pages(), remedy);
-  execute(*plan, out);
+  throw OutOfPages(n_pages, free_pages,
+                   "the driver has no memory left below the budget: lower memory, or free what "
+                   "others hold");
 }
 
 // Decide (the plan) -> act (create; what it made stays, as free extents, if a later one fails) ->
@@ -97,7 +107,7 @@ void Pool::execute(const TakePlan& plan, std::vector<ExtentId>& out) {
   size_t n_extents = 0;
   for (size_t order = 0; order <= max_order_; ++order)
     n_extents += plan.reuse[order] + plan.create[order];
-  out.reserve(out.size() + n_extents);
+  reserve_for(out, out.size() + n_extents);
   for (size_t order = 0; order <= max_order_; ++order) {
     for (size_t i = 0; i < plan.release[order]; ++i) release_free(order);
   }

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "base/fork.h"
 #include "core/take_plan.h"
 #include "driver/vmm_driver.h"
 
@@ -82,9 +83,11 @@ class Pool {
   ExtentId create_free(size_t order);
   void release_free(size_t order) noexcept;
   void execute(const TakePlan& plan, std::vector<ExtentId>& out);
+  void take_from_held(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order);
   const Record& record(ExtentId id) const { return records_[static_cast<size_t>(id)]; }
   Record& record(ExtentId id) { return records_[static_cast<size_t>(id)]; }
 
+  const ProcessBound process_;
   const std::shared_ptr<VmmDriver> driver_;
   const size_t page_bytes_;
   const size_t max_order_;

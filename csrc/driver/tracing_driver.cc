@@ -7,6 +7,7 @@
 #include <mutex>
 #include <type_traits>
 
+#include "base/fork.h"
 #include "base/log.h"
 
 namespace vattn {
@@ -168,6 +169,8 @@ class Tracer final : public TracingDriver {
 
   void record(DriverCall call, uint64_t argument, uint64_t bytes, uint64_t start,
               bool failed) noexcept {
+    // The mutex may be held by a thread that a forked child does not have.
+    if (process_.forked()) return;
     const uint64_t ns = now_ns() - start;
     const std::lock_guard<std::mutex> lock(mutex_);
     CallCounters& row = counters_[static_cast<size_t>(t_origin)][static_cast<size_t>(call)];
@@ -192,6 +195,7 @@ class Tracer final : public TracingDriver {
   }
 
   const std::shared_ptr<VmmDriver> inner_;
+  const ProcessBound process_;
   mutable std::mutex mutex_;  // guards everything below
   CallTable counters_{};
   std::array<Record, kRingSize> ring_{};

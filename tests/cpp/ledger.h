@@ -9,6 +9,7 @@
 #include <mutex>
 #include <string>
 
+#include "base/fork.h"
 #include "driver/vmm_driver.h"
 
 namespace vattn::test {
@@ -64,6 +65,8 @@ class Ledger final : public VmmDriver {
  private:
   template <typename Function>
   void note(Function function) {
+    // The mutex may be held by a thread that a forked child does not have.
+    if (process_.forked()) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     ++counts_.calls;
     function();
@@ -71,6 +74,7 @@ class Ledger final : public VmmDriver {
   bool mapped_in(uintptr_t base, size_t bytes) const;
 
   const std::shared_ptr<VmmDriver> inner_;
+  const ProcessBound process_;
   mutable std::mutex mutex_;  // guards everything below
   LedgerCounts counts_;
   std::map<uintptr_t, Extent> mapped_;  // by address
