@@ -44,7 +44,7 @@ MAY_INCLUDE = {
 }
 # The interface, and decorators that know nothing but the interface.
 CORE_MAY_INCLUDE = {"driver/vmm_driver.h", "driver/tracing_driver.h"}
-# base/fork.cc needs pthread_atfork, which has no standard counterpart.
+# base/fork.cc and base/scheduling.cc need what has no standard counterpart.
 SYSTEM_HEADERS = {"base": {"pthread.h"}, "core": set[str]()}
 
 FRAMEWORKS = {"transformers", "vllm", "sglang", "accelerate"}

@@ -1,9 +1,8 @@
 #include "core/background_thread.h"
 
-#include <pthread.h>
-#include <sched.h>
-
 #include <chrono>
+
+#include "base/scheduling.h"
 
 namespace vattn {
 
@@ -32,10 +31,7 @@ void BackgroundThread::stop() {
 }
 
 void BackgroundThread::run() {
-  // A wake-up must not take the processor from the thread that called step(). Not less than that:
-  // with a lower priority it falls behind when the processors are busy. A hint, so it may fail.
-  const sched_param no_priority{};
-  pthread_setschedparam(pthread_self(), SCHED_BATCH, &no_priority);
+  yield_to_wakers();
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stop_) {
     woken_ = false;

@@ -143,10 +143,10 @@ BackgroundThread::Next KvCache::background_work() noexcept {
     if (closed_) return Next::kSleep;
     retire_ready();
     if (const auto growth = next_prefetch()) {
-      const size_t n_pages = rows_.next_run_pages(*growth);
+      const RowMemory::Need need = rows_.next_run(*growth);
       // Creating is the slow part and needs no lock on the rows; look again afterwards.
       lock.unlock();
-      if (pool_->prepare(n_pages, growth->largest_order)) return Next::kAgain;
+      if (pool_->prepare(need.n_pages, growth->largest_order, need.last)) return Next::kAgain;
       lock.lock();
       const auto again = closed_ ? std::nullopt : next_prefetch();
       if (!again) return Next::kAgain;

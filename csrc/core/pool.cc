@@ -67,7 +67,7 @@ Pool::~Pool() {
   if (!process_.forked()) trim();
 }
 
-void Pool::take(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order) {
+void Pool::take(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order, Extent last) {
   if (n_pages == 0) return;
   const std::lock_guard<std::mutex> lock(mutex_);
   const PoolCounts now = counts();
@@ -76,20 +76,21 @@ void Pool::take(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order
     throw OutOfPages(n_pages, now.available_pages(), "free a request or raise memory");
   }
   try {
-    execute(*plan, out);
+    execute(*plan, out, last);
   } catch (const OutOfDeviceMemory&) {
-    take_from_held(n_pages, out, largest_order);
+    take_from_held(n_pages, out, largest_order, last);
   }
 }
 
 // The driver has less than the budget allows: make do with what is created, or can be in its place.
-void Pool::take_from_held(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order) {
+void Pool::take_from_held(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order,
+                          Extent last) {
   PoolCounts held = counts();
   held.creatable_pages = 0;
   size_t free_pages = held.available_pages();
   if (const auto plan = plan_take(n_pages, held, largest_order)) {
     try {
-      execute(*plan, out);
+      execute(*plan, out, last);
       return;
     } catch (const OutOfDeviceMemory&) {
       // Someone else was faster to get what a trade gave back.
@@ -103,7 +104,7 @@ void Pool::take_from_held(size_t n_pages, std::vector<ExtentId>& out, size_t lar
 
 // Decide (the plan) -> act (create; what it made stays, as free extents, if a later one fails) ->
 // commit (cannot throw).
-void Pool::execute(const TakePlan& plan, std::vector<ExtentId>& out) {
+void Pool::execute(const TakePlan& plan, std::vector<ExtentId>& out, Extent last) {
   size_t n_extents = 0;
   for (size_t order = 0; order <= max_order_; ++order)
     n_extents += plan.reuse[order] + plan.create[order];
@@ -112,7 +113,7 @@ void Pool::execute(const TakePlan& plan, std::vector<ExtentId>& out) {
     for (size_t i = 0; i < plan.release[order]; ++i) release_free(order);
   }
   for (size_t order = max_order_ + 1; order-- > 0;) {
-    for (size_t i = 0; i < plan.create[order]; ++i) create_free(order);
+    for (size_t i = 0; i < plan.create[order]; ++i) last = record(create_free(order, last)).extent;
   }
   for (size_t order = max_order_ + 1; order-- > 0;) {
     const size_t n = plan.reuse[order] + plan.create[order];
@@ -128,7 +129,7 @@ void Pool::execute(const TakePlan& plan, std::vector<ExtentId>& out) {
   peak_taken_bytes_ = std::max(peak_taken_bytes_, held_bytes_ - free_bytes_);
 }
 
-bool Pool::prepare(size_t n_pages, size_t largest_order) {
+bool Pool::prepare(size_t n_pages, size_t largest_order, Extent last) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto plan = plan_take(n_pages, counts(), largest_order);
   if (!plan) return false;
@@ -139,7 +140,7 @@ bool Pool::prepare(size_t n_pages, size_t largest_order) {
   for (size_t order = max_order_ + 1; order-- > 0;) {
     if (plan->create[order] == 0) continue;
     try {
-      create_free(order);
+      create_free(order, last);
       return true;
     } catch (const OutOfDeviceMemory&) {
       return false;
@@ -184,7 +185,7 @@ bool Pool::rebalance() noexcept {
   return false;
 }
 
-ExtentId Pool::create_free(size_t order) {
+ExtentId Pool::create_free(size_t order, Extent last) {
   // Room for the records first: after create() nothing may throw.
   reserve_for(free_[order], created_[order] + 1);
   if (unused_ids_.empty()) {
@@ -193,7 +194,7 @@ ExtentId Pool::create_free(size_t order) {
     unused_ids_.push_back(static_cast<ExtentId>(records_.size() - 1));
   }
   const size_t bytes = page_bytes_ << order;
-  const Handle handle = driver_->create(bytes);
+  const Handle handle = driver_->create_after(last, bytes);
   const ExtentId id = unused_ids_.back();
   unused_ids_.pop_back();
   record(id) = {{handle, bytes}, order, 0};

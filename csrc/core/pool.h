@@ -36,17 +36,19 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   // Appends extents of n_pages in all to `out`, largest first, each with one reference.
-  // No extent is above `largest_order`. All or nothing: throws OutOfPages or DriverError.
-  void take(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order = kMaxOrders - 1);
+  // No extent is above `largest_order`; new ones are for the place behind `last`, see
+  // create_after(). All or nothing: throws OutOfPages or DriverError.
+  void take(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order = kMaxOrders - 1,
+            Extent last = {});
   // How many caches map extents of this pool.
   void add_user() noexcept { ++users_; }
   void remove_user() noexcept { --users_; }
   int users() const noexcept { return users_; }
 
-  // Creates at most one of the extents that take(n_pages) would have to create. True: did so, there
+  // Creates at most one of the extents that take() would have to create. True: did so, there
   // may be more. False too when the driver has no memory left: take() deals with that. For the
   // background thread: nobody waits for longer than one driver call.
-  bool prepare(size_t n_pages, size_t largest_order = kMaxOrders - 1);
+  bool prepare(size_t n_pages, size_t largest_order = kMaxOrders - 1, Extent last = {});
 
   void add_reference(ExtentId id);
   // Drops a reference; with the last one the extent is free.
@@ -80,10 +82,11 @@ class Pool {
   };
 
   PoolCounts counts() const;
-  ExtentId create_free(size_t order);
+  ExtentId create_free(size_t order, Extent last);
   void release_free(size_t order) noexcept;
-  void execute(const TakePlan& plan, std::vector<ExtentId>& out);
-  void take_from_held(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order);
+  void execute(const TakePlan& plan, std::vector<ExtentId>& out, Extent last);
+  void take_from_held(size_t n_pages, std::vector<ExtentId>& out, size_t largest_order,
+                      Extent last);
   const Record& record(ExtentId id) const { return records_[static_cast<size_t>(id)]; }
   Record& record(ExtentId id) { return records_[static_cast<size_t>(id)]; }
 

@@ -107,9 +107,15 @@ void RowMemory::grow(const std::vector<Growth>& growths) {
   }
 }
 
-size_t RowMemory::next_run_pages(Growth growth) const {
+RowMemory::Need RowMemory::next_run(Growth growth) const {
   const std::vector<Run> runs = plan({growth});
-  return runs.empty() ? 0 : runs.front().n_pages;
+  if (runs.empty()) return {};
+  return {runs.front().n_pages, last_extent(runs.front().row, runs.front().region)};
+}
+
+Extent RowMemory::last_extent(size_t row, size_t region) const {
+  const auto& extents = state(row, region).extents;
+  return extents.empty() ? Extent{} : pool_->extent(extents.back());
 }
 
 RowMemory::Step RowMemory::grow_one_run(Growth growth) {
@@ -125,7 +131,7 @@ RowMemory::Step RowMemory::grow_one_run(Growth growth) {
 void RowMemory::map_run(const Run& run) {
   RegionState& s = state(run.row, run.region);
   const size_t before = s.extents.size();
-  pool_->take(run.n_pages, s.extents, run.largest_order);
+  pool_->take(run.n_pages, s.extents, run.largest_order, last_extent(run.row, run.region));
   try {
     // Room for all of the region: unmap_tail() must not allocate.
     scratch_.reserve(s.extents.size());

@@ -48,8 +48,13 @@ class RowMemory {
     uintptr_t address = 0;
     size_t bytes = 0;  // 0: nothing was missing
   };
-  // Pages of the next run of a growth; 0 when there is none.
-  size_t next_run_pages(Growth growth) const;
+  // The next run of a growth, before it is mapped: its pages, 0 when there is none, and the extent
+  // that it will lie behind.
+  struct Need {
+    size_t n_pages = 0;
+    Extent last{};
+  };
+  Need next_run(Growth growth) const;
   // Maps the next run of a growth. Throws as grow().
   Step grow_one_run(Growth growth);
 
@@ -84,6 +89,7 @@ class RowMemory {
   uintptr_t address(size_t row, size_t region, size_t page) const;
   // First extent of the region that lies wholly beyond `tokens`, and the page it starts at.
   std::pair<size_t, size_t> cut(size_t row, size_t region, size_t tokens) const;
+  Extent last_extent(size_t row, size_t region) const;
   void map_run(const Run& run);
   bool unmap_tail(size_t row, size_t region, size_t keep_extents, size_t keep_pages) noexcept;
   std::vector<Run> plan(const std::vector<Growth>& growths) const;

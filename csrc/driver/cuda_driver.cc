@@ -118,7 +118,7 @@ void CudaVmmDriver::unreserve(uintptr_t base, size_t bytes) noexcept {
   if (result != kSuccess) device_.note_failed_give_back("cuMemAddressFree", result, base, bytes);
 }
 
-Handle CudaVmmDriver::create(size_t bytes) {
+Handle CudaVmmDriver::create_after(Extent /*last*/, size_t bytes) {
   const CurrentContext here = device_.enter();
   check_sound();
   MemHandle handle = 0;

@@ -17,7 +17,7 @@ class CudaVmmDriver : public VmmDriver {
 
   uintptr_t reserve(size_t bytes) override;
   void unreserve(uintptr_t base, size_t bytes) noexcept override;
-  Handle create(size_t bytes) override;
+  Handle create_after(Extent last, size_t bytes) override;
   void release(Extent extent) noexcept override;
   void map(uintptr_t base, const std::vector<Extent>& run) override;
   bool unmap(uintptr_t base, const std::vector<Extent>& run) noexcept override;

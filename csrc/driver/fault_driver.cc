@@ -27,9 +27,9 @@ class Injector final : public FaultDriver {
     return inner_->reserve(bytes);
   }
   void unreserve(uintptr_t base, size_t bytes) noexcept override { inner_->unreserve(base, bytes); }
-  Handle create(size_t bytes) override {
+  Handle create_after(Extent last, size_t bytes) override {
     maybe_throw("create");
-    return inner_->create(bytes);
+    return inner_->create_after(last, bytes);
   }
   void release(Extent extent) noexcept override { inner_->release(extent); }
   void map(uintptr_t base, const std::vector<Extent>& run) override {

@@ -14,6 +14,7 @@
 #include "base/fork.h"
 #include "base/log.h"
 #include "base/units.h"
+#include "driver/file_offsets.h"
 #include "driver/mapping_reserve.h"
 
 #ifndef MADV_POPULATE_WRITE
@@ -23,8 +24,6 @@
 namespace vattn {
 namespace {
 
-constexpr size_t kHugePageBytes = 2 * kMiB;
-constexpr off_t kFileBytes = off_t{1} << 60;  // sparse: the limit of offsets, not of memory
 constexpr int kPlaceholder = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 void* pointer(uintptr_t address) {
@@ -56,7 +55,7 @@ class HostVmmDriver final : public VmmDriver {
   explicit HostVmmDriver(size_t page_bytes) : page_bytes_(page_bytes) {
     fd_ = memfd_create("vattn", MFD_CLOEXEC);
     if (fd_ < 0) throw_errno("memfd_create");
-    if (ftruncate(fd_, kFileBytes) != 0) {
+    if (ftruncate(fd_, static_cast<off_t>(FileOffsets::kLimit)) != 0) {
       const int code = errno;
       close(fd_);
       throw DriverError("ftruncate", code, std::strerror(code));
@@ -97,17 +96,10 @@ class HostVmmDriver final : public VmmDriver {
     if (munmap(pointer(base), bytes) != 0) log_failure("munmap", base, bytes);
   }
 
-  Handle create(size_t bytes) override {
+  Handle create_after(Extent last, size_t bytes) override {
     process_.check_not_forked();
     const std::lock_guard<std::mutex> lock(mutex_);
-    // See advise_huge_pages() for the alignment. Smaller extents need none, and stay neighbours.
-    const size_t offset =
-        bytes < kHugePageBytes ? next_offset_ : round_up(next_offset_, kHugePageBytes);
-    if (offset + bytes > static_cast<size_t>(kFileBytes)) {
-      throw DriverError("create", EFBIG, "2^60 bytes were handed out; make a new cache");
-    }
-    next_offset_ = offset + bytes;
-    return static_cast<Handle>(offset);
+    return static_cast<Handle>(offsets_.take(last.bytes == 0 ? 0 : end_of(last), bytes));
   }
 
   void release(Extent extent) noexcept override {
@@ -201,6 +193,12 @@ class HostVmmDriver final : public VmmDriver {
                           ", raise it with sysctl or use larger page_bytes");
   }
 
+  // Where a neighbour of `extent` starts in our file; 0 if it is in another's.
+  static size_t end_of(Extent extent) {
+    const auto offset = static_cast<size_t>(extent.handle);
+    return offset % 2 == 0 ? offset + extent.bytes : 0;
+  }
+
   SharedHandle locate(const Extent& extent) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = imported_.find(extent.handle);
@@ -245,7 +243,7 @@ class HostVmmDriver final : public VmmDriver {
   int fd_ = -1;
   MappingReserve spare_mappings_;
   std::mutex mutex_;  // guards everything below
-  size_t next_offset_ = 0;
+  FileOffsets offsets_;
   uint64_t next_import_ = 0;
   std::unordered_map<Handle, SharedHandle> imported_;
 };

@@ -1,9 +1,8 @@
 // Virtual memory of the host: one sparse memfd holds all physical pages, mmap(MAP_FIXED) puts them
 // under a reserved range. A real backend for CPU inference.
 //
-// Every extent gets file offsets of its own that are never used again, so extents created one after
-// the other and mapped one after the other are one mapping to the kernel, which counts mappings
-// (vm.max_map_count). Offsets cost nothing: released ones are holes.
+// Every extent gets file offsets of its own (see file_offsets.h). Extents that are neighbours in
+// the file and in memory are one mapping to the kernel, which counts mappings (vm.max_map_count).
 #pragma once
 
 #include <memory>

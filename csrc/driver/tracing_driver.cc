@@ -76,8 +76,9 @@ class Tracer final : public TracingDriver {
   void unreserve(uintptr_t base, size_t bytes) noexcept override {
     given_back(DriverCall::kUnreserve, base, bytes, [&] { inner_->unreserve(base, bytes); });
   }
-  Handle create(size_t bytes) override {
-    return timed(DriverCall::kCreate, 0, bytes, [&] { return inner_->create(bytes); });
+  Handle create_after(Extent last, size_t bytes) override {
+    return timed(DriverCall::kCreate, static_cast<uint64_t>(last.handle), bytes,
+                 [&] { return inner_->create_after(last, bytes); });
   }
   void release(Extent extent) noexcept override {
     given_back(DriverCall::kRelease, static_cast<uint64_t>(extent.handle), extent.bytes,

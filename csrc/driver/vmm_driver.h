@@ -52,7 +52,10 @@ class VmmDriver {
   virtual void unreserve(uintptr_t base, size_t bytes) noexcept = 0;
 
   // Physical memory. Throws OutOfDeviceMemory when there is none left.
-  virtual Handle create(size_t bytes) = 0;
+  Handle create(size_t bytes) { return create_after({}, bytes); }
+  // As create(), for an extent that will be mapped right behind `last`. A hint: on the host two
+  // such extents are one mapping to the kernel. Extent{} means none.
+  virtual Handle create_after(Extent last, size_t bytes) = 0;
   // pre: mapped nowhere.
   virtual void release(Extent extent) noexcept = 0;
 

@@ -31,9 +31,9 @@ void Ledger::unreserve(uintptr_t base, size_t bytes) noexcept {
   inner_->unreserve(base, bytes);
 }
 
-Handle Ledger::create(size_t bytes) {
+Handle Ledger::create_after(Extent last, size_t bytes) {
   if (in_create) in_create();
-  const Handle handle = inner_->create(bytes);
+  const Handle handle = inner_->create_after(last, bytes);
   note([&] {
     ++counts_.creates;
     counts_.created_bytes += bytes;
