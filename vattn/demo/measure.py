@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,14 @@ class Run:
         """Tokens of all rows per second, without the prefill."""
         steps = len(self.samples) - 1
         return self.tokens.shape[0] * steps / self.decode_s if steps else 0.0
+
+    def with_best_times(self, other: Run) -> Run:
+        """Return this run with the better times of the two; all else is the same in both."""
+        return replace(
+            self,
+            prefill_s=min(self.prefill_s, other.prefill_s),
+            decode_s=min(self.decode_s, other.decode_s),
+        )
 
     @property
     def peak_bytes(self) -> int:

@@ -38,7 +38,7 @@ TINY = {
     "initializer_range": 0.3,
 }
 # Bytes of the prompts. The cache of the full model grows soon after the longest: at 241 tokens.
-PROMPT_BYTES = (60, 120, 180, 230)
+PROMPT_BYTES = (40, 60, 80, 110)
 _PACKAGE = Path(vattn.__file__).parent
 
 

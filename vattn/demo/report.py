@@ -39,7 +39,7 @@ def human_bytes(value: float) -> str:
 def make_table(ours: Run, stock: Run, difference: Difference | None, logits_apart: float) -> Table:
     """Both runs, side by side."""
     d = ours.details
-    table = Table(title="One batch, both caches")
+    table = Table(title="One batch, both caches; times are the better of two runs")
     table.add_column("")
     for run in (stock, ours):
         table.add_column(run.name, justify="right")
