@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 
+import numpy as np
 import pytest
 import torch
 from backends import Backend
@@ -181,7 +182,8 @@ def test_threads_may_share_a_cache(config):
     cache.close()
 
 
-def test_step_lets_other_python_threads_run():
+@pytest.mark.parametrize("form", [dict, list, np.array])
+def test_step_lets_other_python_threads_run(form):
     """While one thread maps for long, another one counts."""
     cache = vattn.init(
         Backend("host").config(
@@ -194,6 +196,7 @@ def test_step_lets_other_python_threads_run():
         )
     )
     row = cache.alloc()
+    assert row == 0
     counted, done = [0], threading.Event()
 
     def count():
@@ -205,8 +208,9 @@ def test_step_lets_other_python_threads_run():
     thread = threading.Thread(target=count)
     try:
         thread.start()
-        cache.step({row: 4096 * 32})
-        during = counted[0]
+        before = counted[0]
+        cache.step({row: 4096 * 32} if form is dict else form([4096 * 32, 0]))
+        during = counted[0] - before
     finally:
         done.set()
         sys.setswitchinterval(sys_interval)

@@ -162,7 +162,7 @@ class KVCache:
         Releases the GIL. Makes no driver call and allocates nothing when everything is mapped
         already, which is the common case. Waits for at most one run of pages that the background
         thread is mapping. Only when memory is short does it wait for the device: for work that uses
-        rows freed before. An int64 array is read in place, which is the fastest form.
+        rows freed before. An int64 array is the fastest form.
 
         Examples
         --------

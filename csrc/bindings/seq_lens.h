@@ -7,7 +7,7 @@
 
 namespace vattn {
 
-// cache.step() with what `seq_lens` holds; releases the GIL. An int64 buffer is read in place.
+// cache.step() with what `seq_lens` holds; releases the GIL. An int64 buffer is handed on as it is.
 // Throws TypeError or std::invalid_argument for anything but whole numbers of one dimension.
 void step_with(KvCache& cache, pybind11::handle seq_lens);
 
