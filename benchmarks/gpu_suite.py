@@ -199,8 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(os.environ.get("OUT") or common.RESULTS),
-        help="folder for the JSON file and the log (default: $OUT, else benchmarks/results)",
+        default=common.RESULTS,
+        help="folder for the JSON file and the log (default: benchmarks/results)",
     )
     parser.add_argument("--commit", help="what to record as the commit where there is no git")
     parser.add_argument(
