@@ -7,15 +7,18 @@
 #include <vector>
 
 #include "check.h"
+#include "device_memory.h"
 #include "driver/vmm_driver.h"
 
 namespace vattn::test {
 
 using DriverFactory = std::function<std::shared_ptr<VmmDriver>()>;
+using MemoryFactory = std::function<Memory()>;
 
 // One test per clause; each makes its own driver and leaves nothing behind. `prefix` goes in front
 // of the names.
-std::vector<Test> driver_contract(const std::string& prefix, const DriverFactory& open);
+std::vector<Test> driver_contract(const std::string& prefix, const DriverFactory& open,
+                                  const MemoryFactory& memory = host_memory);
 
 // Whether the calling process could read or write a byte there, without trying it the hard way.
 bool readable(uintptr_t address);
