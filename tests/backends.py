@@ -60,6 +60,22 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     assert condition()
 
 
+def fill(cache: vattn.KVCache, row: int, tokens: int, value: float) -> None:
+    """Writes `value` over the first tokens of a row, in all layers."""
+    for layer in range(cache.config.num_layers):
+        for tensor in cache.kv(layer, rows=row, max_len=tokens):
+            tensor.fill_(value)
+
+
+def holds(cache: vattn.KVCache, row: int, tokens: int, value: float) -> bool:
+    """Whether the first tokens of a row hold `value`, in all layers."""
+    return all(
+        bool((tensor == value).all())
+        for layer in range(cache.config.num_layers)
+        for tensor in cache.kv(layer, rows=row, max_len=tokens)
+    )
+
+
 def load_double() -> ctypes.CDLL:
     """The test double of libcuda: once loaded, dlopen("libcuda.so.1") finds it."""
     subprocess.run(
