@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -32,7 +31,6 @@ def libcuda_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
         pytest.skip("a real libcuda is loaded; the double needs a process of its own")
     with double_in_use(monkeypatch) as library:
         yield library
-        gc.collect()
 
 
 @pytest.fixture
