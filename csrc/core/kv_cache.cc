@@ -58,7 +58,7 @@ KvCache::~KvCache() {
   }
   close();
   // What the driver refused to unmap: once more, before the addresses go.
-  for (size_t row = 0; row < n_rows_; ++row) unmap_idle(row);
+  for (size_t row = 0; row < n_rows_; ++row) unmap_beyond(row, 0);
   pool_->trim();
 }
 
@@ -134,11 +134,7 @@ void KvCache::free(int64_t index, Stream stream) {
 }
 
 void KvCache::step(const int64_t* seq_lens, size_t n) {
-  process_.check_not_forked();
-  bool work = false;
-  {
-    const StepLock lock(*this);
-    check_usable();
+  step_with([&] {
     if (n != n_rows_) {
       throw std::invalid_argument("seq_lens has " + std::to_string(n) +
                                   " entries, expected max_batch_size = " + std::to_string(n_rows_));
@@ -146,22 +142,27 @@ void KvCache::step(const int64_t* seq_lens, size_t n) {
     // A copy: another thread may write the caller's buffer meanwhile, and what is checked must be
     // what is published.
     std::copy_n(seq_lens, n, scratch_lens_.begin());
-    work = step_locked(scratch_lens_.data());
-  }
-  // After unlocking, or the thread wakes up only to wait for the lock.
-  if (work) background_->wake();
+  });
 }
 
 void KvCache::step_rows(const std::vector<std::pair<int64_t, int64_t>>& row_and_len) {
+  step_with([&] {
+    scratch_lens_ = seq_lens_;
+    for (const auto& [row, seq_len] : row_and_len) scratch_lens_[check_row(row)] = seq_len;
+  });
+}
+
+template <typename Fill>
+void KvCache::step_with(Fill fill_scratch_lens) {
   process_.check_not_forked();
   bool work = false;
   {
     const StepLock lock(*this);
     check_usable();
-    scratch_lens_ = seq_lens_;
-    for (const auto& [row, seq_len] : row_and_len) scratch_lens_[check_row(row)] = seq_len;
+    fill_scratch_lens();
     work = step_locked(scratch_lens_.data());
   }
+  // After unlocking, or the thread wakes up only to wait for the lock.
   if (work) background_->wake();
 }
 
@@ -283,7 +284,7 @@ void KvCache::close() {
     drop_fence(row);
     row_[row] = {};
     seq_lens_[row] = 0;
-    unmap_idle(row);
+    unmap_beyond(row, 0);
   }
   pool_->trim();
 }

@@ -93,6 +93,8 @@ class KvCache {
   void check_lens(const int64_t* seq_lens) const;
   void check_conservation(std::vector<ExtentId> mapped) const;
 
+  template <typename Fill>
+  void step_with(Fill fill_scratch_lens);
   [[nodiscard]] bool step_locked(const int64_t* seq_lens);
   void grow_rows(const int64_t* seq_lens);
   void grow_or_reclaim(const std::vector<Growth>& growths, size_t needed, const int64_t* seq_lens);
@@ -103,8 +105,7 @@ class KvCache {
   size_t reclaim(size_t n_pages, const int64_t* seq_lens);
   bool fence_passed(size_t row);
   void drop_fence(size_t row) noexcept;
-  size_t unmap_idle(size_t row) noexcept;
-  size_t unmap_ahead(size_t row, size_t tokens) noexcept;
+  size_t unmap_beyond(size_t row, size_t tokens) noexcept;
   std::vector<size_t> idle_rows_oldest_first() const;
   size_t retire_ready();
 

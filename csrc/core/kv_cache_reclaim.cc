@@ -33,18 +33,14 @@ void KvCache::drop_fence(size_t row) noexcept {
   row_[row].fence = Fence::kNone;
 }
 
-// Everything of a row without a request. pre: its fence has passed.
-size_t KvCache::unmap_idle(size_t row) noexcept {
-  const size_t pages = rows_.shrink(row, 0);
-  // Where the driver refused, what is left is still mapped and can be adopted.
-  row_[row].state = rows_.mapped_pages(row) == 0 ? RowState::kFree : RowState::kIdle;
-  refresh(row);
-  return pages;
-}
-
-// What an active row has ahead of `tokens`. pre: the fence of the request before has passed.
-size_t KvCache::unmap_ahead(size_t row, size_t tokens) noexcept {
+// What a row has beyond `tokens`. pre: its fence has passed.
+size_t KvCache::unmap_beyond(size_t row, size_t tokens) noexcept {
   const size_t pages = rows_.shrink(row, tokens);
+  RowState& state = row_[row].state;
+  // Where the driver refused, what is left is still mapped and can be adopted.
+  if (state != RowState::kActive) {
+    state = rows_.mapped_pages(row) == 0 ? RowState::kFree : RowState::kIdle;
+  }
   refresh(row);
   return pages;
 }
@@ -69,21 +65,20 @@ size_t KvCache::reclaim(size_t n_pages, const int64_t* seq_lens) {
   size_t got = 0;
   const std::vector<size_t> idle = idle_rows_oldest_first();
   for (const size_t row : idle) {
-    if (got < n_pages && fence_passed(row)) got += unmap_idle(row);
+    if (got < n_pages && fence_passed(row)) got += unmap_beyond(row, 0);
   }
   // Then what lies beyond the tokens of active rows: no request has touched it, unless it is left
   // over from the request that had the row before and is still on the device.
   for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
     if (row_[row].state != RowState::kActive || !fence_passed(row)) continue;
-    got += unmap_ahead(row, tokens_to_keep(row, seq_lens));
+    got += unmap_beyond(row, tokens_to_keep(row, seq_lens));
   }
   // Then wait for the device.
   for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
     if (row_[row].fence == Fence::kNone) continue;
     driver().wait_fence(row_[row].fence);
     drop_fence(row);
-    const bool active = row_[row].state == RowState::kActive;
-    got += active ? unmap_ahead(row, tokens_to_keep(row, seq_lens)) : unmap_idle(row);
+    got += unmap_beyond(row, tokens_to_keep(row, seq_lens));
   }
   // Or the background thread takes at once what was just made room for.
   prefetch_paused_ = true;
@@ -95,7 +90,7 @@ size_t KvCache::retire_ready() {
   bool any = false;
   for (size_t row = 0; row < n_rows_; ++row) {
     if (row_[row].state != RowState::kRetiring || !fence_passed(row)) continue;
-    unmap_idle(row);
+    unmap_beyond(row, 0);
     any = true;
   }
   return any ? pool_->trim() : 0;

@@ -69,19 +69,30 @@ size_t RowMemory::pages_beyond(size_t row, size_t tokens) const {
 size_t RowMemory::pages_to_grow(size_t row, size_t tokens) const {
   size_t pages = 0;
   for (size_t g = 0; g < n_regions_; ++g) {
-    const size_t want = pages_for(g, tokens);
-    pages += want - std::min(want, state(row, g).pages);
+    if (const auto run = missing_run({row, tokens}, g)) pages += run->n_pages;
   }
   return pages;
+}
+
+std::optional<RowMemory::Run> RowMemory::missing_run(Growth growth, size_t region) const {
+  const size_t want = pages_for(region, growth.tokens);
+  const size_t have = state(growth.row, region).pages;
+  if (want <= have) return std::nullopt;
+  return Run{growth.row, region, want - have, growth.largest_order};
+}
+
+std::optional<RowMemory::Run> RowMemory::first_missing_run(Growth growth) const {
+  for (size_t g = 0; g < n_regions_; ++g) {
+    if (const auto run = missing_run(growth, g)) return run;
+  }
+  return std::nullopt;
 }
 
 std::vector<RowMemory::Run> RowMemory::plan(const std::vector<Growth>& growths) const {
   std::vector<Run> runs;
   for (const Growth& growth : growths) {
     for (size_t g = 0; g < n_regions_; ++g) {
-      const size_t want = pages_for(g, growth.tokens);
-      const size_t have = state(growth.row, g).pages;
-      if (want > have) runs.push_back({growth.row, g, want - have, growth.largest_order});
+      if (const auto run = missing_run(growth, g)) runs.push_back(*run);
     }
   }
   return runs;
@@ -108,9 +119,9 @@ void RowMemory::grow(const std::vector<Growth>& growths) {
 }
 
 RowMemory::Need RowMemory::next_run(Growth growth) const {
-  const std::vector<Run> runs = plan({growth});
-  if (runs.empty()) return {};
-  return {runs.front().n_pages, last_extent(runs.front().row, runs.front().region)};
+  const auto run = first_missing_run(growth);
+  if (!run) return {};
+  return {run->n_pages, last_extent(run->row, run->region)};
 }
 
 Extent RowMemory::last_extent(size_t row, size_t region) const {
@@ -119,12 +130,11 @@ Extent RowMemory::last_extent(size_t row, size_t region) const {
 }
 
 RowMemory::Step RowMemory::grow_one_run(Growth growth) {
-  const std::vector<Run> runs = plan({growth});
-  if (runs.empty()) return {};
-  const Run& run = runs.front();
-  const uintptr_t at = address(run.row, run.region, state(run.row, run.region).pages);
-  map_run(run);
-  return {at, run.n_pages * pool_->page_bytes()};
+  const auto run = first_missing_run(growth);
+  if (!run) return {};
+  const uintptr_t at = address(run->row, run->region, state(run->row, run->region).pages);
+  map_run(*run);
+  return {at, run->n_pages * pool_->page_bytes()};
 }
 
 // Takes, maps and commits one run. A failure leaves nothing behind.

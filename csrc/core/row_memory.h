@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/layout.h"
@@ -92,6 +93,9 @@ class RowMemory {
   Extent last_extent(size_t row, size_t region) const;
   void map_run(const Run& run);
   bool unmap_tail(size_t row, size_t region, size_t keep_extents, size_t keep_pages) noexcept;
+  // What a growth lacks in one region; in the first region that lacks something; in all.
+  std::optional<Run> missing_run(Growth growth, size_t region) const;
+  std::optional<Run> first_missing_run(Growth growth) const;
   std::vector<Run> plan(const std::vector<Growth>& growths) const;
 
   const std::shared_ptr<Pool> pool_;

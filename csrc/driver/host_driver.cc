@@ -44,12 +44,6 @@ size_t read_number(const char* path, const std::string& key = "") {
   return file >> value ? value : 0;
 }
 
-size_t total_bytes(const std::vector<Extent>& run) {
-  size_t bytes = 0;
-  for (const Extent& extent : run) bytes += extent.bytes;
-  return bytes;
-}
-
 class HostVmmDriver final : public VmmDriver {
  public:
   explicit HostVmmDriver(size_t page_bytes) : page_bytes_(page_bytes) {

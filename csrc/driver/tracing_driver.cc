@@ -33,12 +33,6 @@ constexpr std::array<const char*, kNumDriverCalls> kCallNames = {"reserve",
                                                                  "import_handle"};
 constexpr std::array<const char*, kNumCallOrigins> kOriginNames = {"other", "step", "background"};
 
-size_t bytes_of(const std::vector<Extent>& run) {
-  size_t bytes = 0;
-  for (const Extent& extent : run) bytes += extent.bytes;
-  return bytes;
-}
-
 uint64_t now_ns() noexcept {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
@@ -85,12 +79,12 @@ class Tracer final : public TracingDriver {
                [&] { inner_->release(extent); });
   }
   void map(uintptr_t base, const std::vector<Extent>& run) override {
-    timed(DriverCall::kMap, base, bytes_of(run), [&] { inner_->map(base, run); });
+    timed(DriverCall::kMap, base, total_bytes(run), [&] { inner_->map(base, run); });
   }
   bool unmap(uintptr_t base, const std::vector<Extent>& run) noexcept override {
     const uint64_t start = now_ns();
     const bool done = inner_->unmap(base, run);
-    record(DriverCall::kUnmap, base, bytes_of(run), start, !done);
+    record(DriverCall::kUnmap, base, total_bytes(run), start, !done);
     return done;
   }
   void populate(uintptr_t base, size_t bytes) noexcept override {

@@ -25,6 +25,12 @@ struct Extent {
   size_t bytes;
 };
 
+inline size_t total_bytes(const std::vector<Extent>& run) {
+  size_t bytes = 0;
+  for (const Extent& extent : run) bytes += extent.bytes;
+  return bytes;
+}
+
 // A handle that another process can import. The receiver of `fd` closes it.
 struct SharedHandle {
   int fd;

@@ -49,12 +49,6 @@ Extent make_extent(VmmDriver& driver, size_t pages) {
   return {driver.create(bytes), bytes};
 }
 
-size_t bytes_of(const Run& run) {
-  size_t bytes = 0;
-  for (const Extent& extent : run) bytes += extent.bytes;
-  return bytes;
-}
-
 void says_what_it_is(const Subject& s) {
   VmmDriver& driver = s.driver;
   CHECK(is_power_of_two(driver.page_bytes()));
@@ -80,7 +74,7 @@ void reservations_are_aligned_and_apart(const Subject& s) {
 void a_run_lies_in_order_and_is_writable(const Subject& s) {
   VmmDriver& driver = s.driver;
   const Run run = {make_extent(driver, 4), make_extent(driver, 1), make_extent(driver, 2)};
-  const size_t bytes = bytes_of(run);
+  const size_t bytes = total_bytes(run);
   const uintptr_t base = driver.reserve(2 * bytes);
   driver.map(base, run);
   fill(s, base, bytes, 7);
@@ -229,17 +223,17 @@ void threads_do_not_disturb_each_other(const Subject& s) {
       try {
         for (int round = 0; round < 20; ++round) {
           const Run run = {make_extent(driver, 1), make_extent(driver, 2)};
-          const uintptr_t base = driver.reserve(bytes_of(run));
+          const uintptr_t base = driver.reserve(total_bytes(run));
           driver.map(base, run);
-          fill(s, base, bytes_of(run), id * 50);
+          fill(s, base, total_bytes(run), id * 50);
           const Fence fence =
               driver.record_fence(static_cast<Stream>(id % 3));  // CUDA's predefined streams
           driver.wait_fence(fence);
           driver.release_fence(fence);
-          CHECK(filled(s, base, bytes_of(run), id * 50));
+          CHECK(filled(s, base, total_bytes(run), id * 50));
           CHECK(driver.unmap(base, run));
           for (const Extent& extent : run) driver.release(extent);
-          driver.unreserve(base, bytes_of(run));
+          driver.unreserve(base, total_bytes(run));
         }
       } catch (const CheckFailed& check) {
         problem = check.text;
