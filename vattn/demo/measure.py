@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+import vattn
 from vattn.demo.model import Subject
 from vattn.integrations.transformers import VAttnCache
 
@@ -102,29 +103,33 @@ def run_vattn(
     with VAttnCache(subject.model.config, memory=memory) as cache:
 
         def sample() -> Sample:
-            assert cache.kv_cache is not None
-            stats = cache.kv_cache.stats()
+            stats = [kv_cache.stats() for kv_cache in cache.kv_caches]
             return Sample(
                 tokens=cache.get_seq_length(),
-                mapped_bytes=stats.mapped_bytes,
-                used_bytes=stats.used_bytes,
+                mapped_bytes=sum(each.mapped_bytes for each in stats),
+                used_bytes=sum(each.used_bytes for each in stats),
             )
 
         run = _generate("VAttnCache", subject, inputs, cache, n_tokens, sample, on_token)
-        assert cache.kv_cache is not None
-        stats = cache.kv_cache.stats()
         rows = inputs["input_ids"].shape[0]
-        run.details = {
-            "page_bytes": stats.page_bytes,
-            "token_bytes": cache.kv_cache.token_bytes,
-            "address_bytes": stats.reserved_bytes,
-            "reserving_bytes": cache.kv_cache.token_bytes * subject.max_seq_len * rows,
-            "calls_in_step": stats.calls("step"),
-            "calls_in_background": stats.calls("background"),
-            "steps": stats.steps,
-            "steps_with_growth": stats.steps_with_growth,
-        }
+        run.details = _details(cache.kv_caches, subject.max_seq_len * rows)
         return run
+
+
+def _details(kv_caches: Sequence[vattn.KVCache], limit_tokens: int) -> dict[str, Any]:
+    """Sum up the caches of all kinds of layers; the calls are those of their one pool."""
+    stats = [kv_cache.stats() for kv_cache in kv_caches]
+    token_bytes = sum(kv_cache.token_bytes for kv_cache in kv_caches)
+    return {
+        "page_bytes": stats[0].page_bytes,
+        "token_bytes": token_bytes,
+        "address_bytes": sum(each.reserved_bytes for each in stats),
+        "reserving_bytes": token_bytes * limit_tokens,
+        "calls_in_step": stats[0].calls("step"),
+        "calls_in_background": stats[0].calls("background"),
+        "steps": sum(each.steps for each in stats),
+        "steps_with_growth": sum(each.steps_with_growth for each in stats),
+    }
 
 
 def _generate(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import vattn
 from vattn.integrations.transformers.layer import VAttnLayer
+from vattn.integrations.transformers.memory import Memory
 from vattn.integrations.transformers.storage import Storage, StorageOptions
-from vattn.units import parse_bytes
+
+# Addresses for so many tokens, for models that work at any length and state none.
+_UNSTATED_MAX_CACHE_LEN = 131_072
 
 
 class VAttnCache(DynamicCache):
@@ -26,9 +31,10 @@ class VAttnCache(DynamicCache):
         The model's, ``model.config``.
     max_cache_len : int, optional
         Tokens that a row can grow to, padding included. Costs addresses, not memory. Default: the
-        model's limit, ``config.max_position_embeddings``.
+        model's limit, ``config.max_position_embeddings``; 131,072 if it states none.
     max_batch_size : int, optional
-        Largest batch, beams included. Default: that of the first forward.
+        Largest batch, beams included. Default: none; a batch with more rows than any before moves
+        the tokens there are to new addresses.
     device : torch.device or str, optional
         Where the model's keys are. Default: where the first ones come from.
     dtype : torch.dtype, optional
@@ -36,23 +42,28 @@ class VAttnCache(DynamicCache):
     memory : int or str, optional
         Budget of physical memory, in bytes or as "4GiB"; used page by page, not taken at once.
         Default: half of the memory available on the CPU, 80 % of what is free on CUDA, when the
-        first keys come.
+        first keys come. Copies of the cache take from the same budget.
+    offloading : bool
+        As in ``DynamicCache``; not supported yet.
 
     Raises
     ------
     NotImplementedError
-        The model has layers with a chunked window. At the first use: keys that require a gradient,
-        layers whose shapes differ, a model on several devices.
+        ``offloading``. At the first use: keys that require a gradient, layers whose shapes differ
+        other than by their window, a model on several devices.
+    TypeError
+        ``config`` is not a configuration.
     ValueError
-        No layer of the model has a KV cache; there is no default for ``max_cache_len``; at the
-        first use, more tokens or rows than there is room for.
+        No layer of the model has a KV cache; at the first use, more tokens or rows than there is
+        room for.
     vattn.OutOfPagesError
         From inside ``generate``: the budget is used up. ``reset`` makes the cache usable again.
 
     Notes
     -----
-    Layers with a sliding window keep all their tokens for now; the mask hides those outside.
-    Layers without attention are left to transformers.
+    Layers with a sliding window show attention what transformers' own do, but keep memory for all
+    their tokens for now. Layers without attention are left to transformers. For an encoder-decoder
+    model pass ``EncoderDecoderCache(VAttnCache(config), VAttnCache(config))``.
 
     Examples
     --------
@@ -77,40 +88,62 @@ class VAttnCache(DynamicCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         memory: int | str | None = None,
+        offloading: bool = False,
     ) -> None:
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(
+                f"config is a {type(config).__name__}, expected the model's configuration: "
+                "VAttnCache(config=model.config)"
+            )
+        if offloading:
+            raise NotImplementedError(
+                "VAttnCache cannot offload layers yet; leave offloading out, or use DynamicCache"
+            )
         super().__init__(config=config)
         text_config = config.get_text_config(decoder=True)
-        ours = [i for i, layer in enumerate(self.layers) if _can_serve(layer)]
-        _check_config(text_config, ours)
         if max_cache_len is None:
             max_cache_len = getattr(text_config, "max_position_embeddings", None)
-        if max_cache_len is None:
-            raise ValueError(
-                f"{type(text_config).__name__} has no max_position_embeddings; pass max_cache_len"
-            )
         for name, value in (("max_cache_len", max_cache_len), ("max_batch_size", max_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        if memory is not None:
-            parse_bytes(memory, "memory")
-        self._storage = Storage(
-            StorageOptions(
-                num_layers=len(ours),
-                max_cache_len=max_cache_len,
-                max_batch_size=max_batch_size,
-                # A tensor knows which device "cuda" is.
-                device=None if device is None else torch.empty(0, device=device).device,
-                dtype=dtype,
-                memory=memory,
-            )
+        options = StorageOptions(
+            num_layers=1,
+            max_cache_len=max_cache_len or _UNSTATED_MAX_CACHE_LEN,
+            max_batch_size=max_batch_size,
+            # A tensor knows which device "cuda" is.
+            device=None if device is None else torch.empty(0, device=device).device,
+            dtype=dtype,
         )
-        for index, layer_idx in enumerate(ours):
-            self.layers[layer_idx] = VAttnLayer(self._storage, index)
+        self._memory = Memory(memory)
+        self._storages = self._replace_layers(options)
+        if not self._storages:
+            raise ValueError(
+                f"no layer of {type(text_config).__name__} has a KV cache that VAttnCache can "
+                "hold; use DynamicCache"
+            )
+
+    def _replace_layers(self, options: StorageOptions) -> list[Storage]:
+        """Put our layers in place of those we can serve; layers with one window share a storage."""
+        kinds: dict[int | None, list[int]] = {}
+        for layer_idx, layer in enumerate(self.layers):
+            # Not isinstance: subclasses hold more than keys and values.
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                kinds.setdefault(getattr(layer, "sliding_window", None), []).append(layer_idx)
+        storages = []
+        for window, members in kinds.items():
+            storage = Storage(replace(options, num_layers=len(members)), self._memory)
+            for index, layer_idx in enumerate(members):
+                self.layers[layer_idx] = VAttnLayer(storage, index, window)
+            storages.append(storage)
+        return storages
 
     @property
-    def kv_cache(self) -> vattn.KVCache | None:
-        """The cache underneath, for ``stats`` and the like; None before the first keys."""
-        return self._storage.cache
+    def kv_caches(self) -> tuple[vattn.KVCache, ...]:
+        """The caches underneath, one for each kind of layer, for ``stats`` and the like.
+
+        Empty before the first keys. They take their memory from one budget.
+        """
+        return tuple(storage.cache for storage in self._storages if storage.cache is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Cut tokens off the end of every row: ``-n`` removes n, a positive number is the rest.
@@ -121,27 +154,34 @@ class VAttnCache(DynamicCache):
             Negative, or positive as transformers before 5.17 has it. More than there are: all.
         """
         super().crop(tokens_to_remove)
-        self._storage.shrink(max(layer.length for layer in self._our_layers()))
+        for storage in self._storages:
+            storage.shrink()
 
     def reset(self) -> None:
         """Forget all tokens, to use the cache for something else. Memory stays mapped for that."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._storage.reset()
+        for storage in self._storages:
+            storage.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Put row ``beam_idx[b]`` at row ``b`` for each ``b``, by copying: what beam search needs.
+        """Put row ``beam_idx[b]`` at row ``b`` for each ``b``: what beam search needs.
+
+        Only rows that change are copied.
 
         Parameters
         ----------
         beam_idx : torch.Tensor
             One row for each row of the batch.
         """
-        if self._storage.seq_len and len(beam_idx) != self._storage.batch_size:
+        batch_size = self._storages[0].batch_size
+        if self._storages[0].seq_len and len(beam_idx) != batch_size:
             raise ValueError(
-                f"beam_idx has {len(beam_idx)} entries, expected one for each of the "
-                f"{self._storage.batch_size} rows; batch_select_indices() changes their number"
+                f"beam_idx has {len(beam_idx)} entries, expected one for each of the {batch_size} "
+                "rows; batch_select_indices() changes their number"
             )
-        super().reorder_cache(beam_idx)
+        self._gather(beam_idx)
+        for layer in self._other_layers():
+            layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, to continue each prompt in several ways.
@@ -149,9 +189,9 @@ class VAttnCache(DynamicCache):
         Parameters
         ----------
         repeats : int
-            How often. The batch that results may be at most ``max_batch_size``.
+            How often.
         """
-        self._take_rows(torch.arange(self._storage.batch_size).repeat_interleave(repeats))
+        self._gather(torch.arange(self._storages[0].batch_size).repeat_interleave(repeats))
         for layer in self._other_layers():
             layer.batch_repeat_interleave(repeats)
 
@@ -163,26 +203,35 @@ class VAttnCache(DynamicCache):
         indices : torch.Tensor
             Rows, or a bool for each row.
         """
-        self._take_rows(torch.arange(self._storage.batch_size)[indices.cpu()])
+        self._gather(torch.arange(self._storages[0].batch_size)[indices.cpu()])
         for layer in self._other_layers():
             layer.batch_select_indices(indices)
 
-    def _take_rows(self, rows: torch.Tensor) -> None:
-        storage = self._storage
-        if storage.seq_len == 0:
+    def _gather(self, rows: torch.Tensor) -> None:
+        if not any(storage.seq_len for storage in self._storages):
             return
         if len(rows) == 0:
             raise ValueError("no row is selected; call reset() to forget them all")
-        if len(rows) > storage.batch_size:
-            storage.grow_batch(len(rows))
-        for layer in self._our_layers():
-            layer.gather(rows, layer.length)
-        storage.hold(len(rows))
+        order = rows.tolist()
+        grown: list[tuple[Storage, int]] = []
+        try:
+            for storage in self._storages:
+                before = storage.batch_size
+                if len(order) > before:
+                    storage.grow_batch(len(order))
+                    grown.append((storage, before))
+        except (MemoryError, ValueError):
+            for storage, before in grown:
+                storage.hold(before)
+            raise
+        for storage in self._storages:
+            storage.gather(order)
 
     def close(self) -> None:
         """Give all memory back now. Views of keys and values must not be used any more."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._storage.close()
+        for storage in self._storages:
+            storage.close()
 
     def __enter__(self) -> VAttnCache:
         return self
@@ -195,32 +244,26 @@ class VAttnCache(DynamicCache):
     ) -> None:
         self.close()
 
-    def __deepcopy__(self, _memo: Any) -> NoReturn:
-        raise NotImplementedError(
-            "VAttnCache cannot be copied yet; make one for each conversation, or use "
-            "batch_repeat_interleave() to continue a prompt in several ways"
-        )
-
-    def _our_layers(self) -> list[VAttnLayer]:
-        return [layer for layer in self.layers if isinstance(layer, VAttnLayer)]
+    def __deepcopy__(self, memo: dict[int, Any]) -> VAttnCache:
+        """Copy the tokens there are, and no more, into a cache with the same budget."""
+        twin = VAttnCache.__new__(type(self))
+        memo[id(self)] = twin
+        storages = {id(storage): storage.copy() for storage in self._storages}
+        for name, value in vars(self).items():
+            if name == "_memory":
+                twin._memory = self._memory
+            elif name == "_storages":
+                twin._storages = list(storages.values())
+            elif name == "layers":
+                twin.layers = [
+                    layer.copy_to(storages[id(layer.storage)])
+                    if isinstance(layer, VAttnLayer)
+                    else copy.deepcopy(layer, memo)
+                    for layer in self.layers
+                ]
+            else:
+                setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
 
     def _other_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, VAttnLayer)]
-
-
-def _can_serve(layer: object) -> bool:
-    # Not isinstance: subclasses hold more than keys and values.
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-def _check_config(config: Any, ours: list[int]) -> None:
-    name = type(config).__name__
-    if not ours:
-        raise ValueError(
-            f"no layer of {name} has a KV cache that VAttnCache can hold; use DynamicCache"
-        )
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise NotImplementedError(
-            f"{name} has attention_chunk_size {config.attention_chunk_size}; VAttnCache does not "
-            "serve chunked attention yet, use DynamicCache"
-        )

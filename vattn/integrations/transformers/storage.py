@@ -1,22 +1,14 @@
-"""The memory behind all layers of one cache: rows 0 to B-1 of one KVCache, all equally long."""
+"""The memory behind the layers of one shape: rows 0 to B-1 of one KVCache, all equally long."""
 
 from __future__ import annotations
 
-import logging
-import os
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 import vattn
+from vattn.integrations.transformers.memory import Memory
 from vattn.units import dtype_name
-
-_LOG = logging.getLogger(__name__)
-
-# What is left is for activations, and for whatever else runs on the machine.
-_CPU_SHARE = 0.5
-_CUDA_SHARE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,32 +20,34 @@ class StorageOptions:
     max_batch_size: int | None
     device: torch.device | None
     dtype: torch.dtype | None
-    memory: int | str | None
 
 
 class Storage:
     """Makes a KVCache when the first keys show what is needed, and steps it once per forward."""
 
-    def __init__(self, options: StorageOptions) -> None:
+    def __init__(self, options: StorageOptions, memory: Memory) -> None:
         self.options = options
+        self.memory = memory
         self.cache: vattn.KVCache | None = None
         self.batch_size = 0  # rows held: always 0 to batch_size - 1
         self.seq_len = 0  # tokens that every row held has memory for
+        self.lengths = [0] * options.num_layers  # tokens that each layer uses of them
         self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    @property
-    def max_batch_size(self) -> int:
-        """Largest batch; not known before there is a cache."""
-        return 0 if self.cache is None else self.cache.config.max_batch_size
 
     def prepare(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Get ready to take these keys and values of one layer, or say why not."""
         self._check_device_and_dtype(k, v)
         if self.cache is None:
             self.cache = self._open(k, v)
+        self._check_shape(index, k, v)
         if self.seq_len == 0 and k.shape[0] != self.batch_size:
             self.hold(k.shape[0])
-        self._check_shape(index, k, v)
+        if k.shape[0] != self.batch_size:
+            raise ValueError(
+                f"the batch has {k.shape[0]} rows, the tokens in the cache belong to "
+                f"{self.batch_size}; call reset() to start a new batch, or "
+                "batch_repeat_interleave() to continue one prompt in several ways"
+            )
 
     def extend(self, seq_len: int) -> None:
         """Back every row with memory for this many tokens. The first layer of a forward does it."""
@@ -67,10 +61,11 @@ class Storage:
             )
         self._step(seq_len, self.batch_size)
 
-    def shrink(self, seq_len: int) -> None:
-        """Take note that the rows were cut. Their memory stays mapped, for what comes next."""
-        if seq_len < self.seq_len:
-            self._step(seq_len, self.batch_size)
+    def shrink(self) -> None:
+        """Let go of the tokens that no layer uses. Their memory stays mapped, for the next ones."""
+        longest = max(self.lengths)
+        if longest < self.seq_len:
+            self._step(longest, self.batch_size)
 
     def hold(self, batch_size: int) -> None:
         """Hold the rows 0 to ``batch_size - 1`` and no others.
@@ -78,17 +73,19 @@ class Storage:
         Those let go become idle: still mapped, but their memory can be had by the others.
         """
         cache = self._existing()
-        if batch_size > self.max_batch_size:
-            raise ValueError(
-                f"the batch has {batch_size} rows, the cache {self.max_batch_size}; pass "
-                f"max_batch_size={batch_size} to VAttnCache"
-            )
+        if batch_size > cache.config.max_batch_size:
+            if self.options.max_batch_size is not None:
+                raise ValueError(
+                    f"the batch has {batch_size} rows, max_batch_size is "
+                    f"{self.options.max_batch_size}; pass max_batch_size={batch_size} to VAttnCache"
+                )
+            cache = self._make_room(batch_size)
         # alloc() chooses the row, so take all there are and let go of those not wanted.
         keep = min(batch_size, self.batch_size)
         taken = list(range(keep, self.batch_size))
         try:
             if batch_size > self.batch_size:
-                while self.batch_size + len(taken) < self.max_batch_size:
+                while self.batch_size + len(taken) < cache.config.max_batch_size:
                     taken.append(cache.alloc())
                 keep = batch_size
         finally:
@@ -107,9 +104,29 @@ class Storage:
             self.hold(before)
             raise
 
+    def gather(self, rows: list[int]) -> None:
+        """Put row ``rows[b]`` at row ``b`` for each ``b``, in all layers; others are let go.
+
+        Rows that stay where they are cost nothing.
+        """
+        before = self.batch_size
+        if len(rows) > before:
+            self.grow_batch(len(rows))
+        moved = [b for b, source in enumerate(rows) if b != source]
+        if moved:
+            device = torch.device(str(self._existing().config.device))
+            to = torch.tensor(moved, device=device)
+            come_from = torch.tensor([rows[b] for b in moved], device=device)
+            for index, length in enumerate(self.lengths):
+                for tensor in self.kv(index, length):
+                    # index_select copies, so that no row is overwritten before it was read.
+                    tensor.index_copy_(0, to, tensor.index_select(0, come_from))
+        self.hold(len(rows))
+
     def reset(self) -> None:
         """Let go of all rows; their memory stays mapped for the next ones."""
         self.seq_len = 0
+        self.lengths = [0] * self.options.num_layers
         if self.cache is not None:
             self.hold(0)
 
@@ -119,6 +136,28 @@ class Storage:
         if self.cache is not None:
             self.cache.close()
         self.cache, self.batch_size, self.seq_len = None, 0, 0
+        self.lengths = [0] * self.options.num_layers
+
+    def copy(self, max_batch_size: int | None = None) -> Storage:
+        """Copy the tokens that there are, and no more, into a storage of its own.
+
+        Parameters
+        ----------
+        max_batch_size : int, optional
+            Rows that it has room for; as many as this one by default.
+        """
+        twin = Storage(self.options, self.memory)
+        if self.cache is None:
+            return twin
+        rows = max_batch_size or self.cache.config.max_batch_size
+        twin.cache = self.memory.open(replace(self.cache.config, max_batch_size=rows))
+        twin.hold(self.batch_size)
+        twin._step(self.seq_len, self.batch_size)
+        twin.lengths = list(self.lengths)
+        for index, length in enumerate(self.lengths):
+            for mine, theirs in zip(twin.kv(index, length), self.kv(index, length), strict=True):
+                mine.copy_(theirs)
+        return twin
 
     def kv(self, index: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer as views of shape [batch, heads, seq_len, dim]."""
@@ -136,14 +175,14 @@ class Storage:
 
     def _step(self, seq_len: int, batch_size: int) -> None:
         cache = self._existing()
-        lengths = [seq_len] * batch_size + [0] * (self.max_batch_size - batch_size)
+        lengths = [seq_len] * batch_size + [0] * (cache.config.max_batch_size - batch_size)
         try:
             cache.step(lengths)
         except vattn.OutOfPagesError as error:
             raise vattn.OutOfPagesError(
                 f"{batch_size} rows of {seq_len} tokens need {error.needed} more pages of "
                 f"{cache.page_bytes} bytes, {error.free} are free of a budget of "
-                f"{cache.config.memory_bytes} bytes; raise memory of VAttnCache, or generate for "
+                f"{self.memory.budget} bytes; raise memory of VAttnCache, or generate for "
                 "fewer prompts at a time. The cache is unchanged: reset() makes it usable again",
                 error.needed,
                 error.free,
@@ -156,29 +195,29 @@ class Storage:
 
     def _open(self, k: torch.Tensor, v: torch.Tensor) -> vattn.KVCache:
         options = self.options
-        batch_size, num_kv_heads, _, head_dim = k.shape
-        on_cuda = k.device.type == "cuda"
-        shape: dict[str, Any] = {
-            "num_layers": options.num_layers,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "v_head_dim": v.shape[-1],
-            "dtype": dtype_name(k.dtype),
-            "max_batch_size": options.max_batch_size or batch_size,
-            "max_seq_len": options.max_cache_len,
-            "device": str(k.device),
-            # FlashAttention reads the first; SDPA on the CPU is twice as fast on the second.
-            "order": "NHD" if on_cuda else "HND",
-        }
-        memory = options.memory
-        if memory is None:
-            memory = _default_memory(k.device)
-            _LOG.info(
-                "vattn: the KV cache may use %.1f GiB, a share of the memory free now; pass memory "
-                "to VAttnCache to choose",
-                memory / 2**30,
+        return self.memory.open(
+            vattn.CacheConfig(
+                num_layers=options.num_layers,
+                num_kv_heads=k.shape[1],
+                head_dim=k.shape[3],
+                v_head_dim=v.shape[3],
+                dtype=dtype_name(k.dtype),
+                max_batch_size=options.max_batch_size or k.shape[0],
+                max_seq_len=options.max_cache_len,
+                device=str(k.device),
+                # FlashAttention reads the first; SDPA on the CPU is twice as fast on the second.
+                order="NHD" if k.device.type == "cuda" else "HND",
             )
-        return vattn.init(vattn.CacheConfig(**shape, memory=memory))
+        )
+
+    def _make_room(self, max_batch_size: int) -> vattn.KVCache:
+        """Move to a cache with more rows. Views of the old one stay valid while they live."""
+        if self.seq_len == 0:
+            self.hold(0)
+            self._existing().trim()
+        roomier = self.copy(max_batch_size)
+        self.cache, self._tensors = roomier.cache, roomier._tensors
+        return self._existing()
 
     def _check_device_and_dtype(self, k: torch.Tensor, v: torch.Tensor) -> None:
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
@@ -197,37 +236,16 @@ class Storage:
             if tensor.device != device:
                 raise NotImplementedError(
                     f"the {name} are on {tensor.device}, the cache is on {device}; VAttnCache does "
-                    "not yet serve a model that is spread over several devices"
+                    "not yet serve a model that is spread over several devices, use DynamicCache"
                 )
 
     def _check_shape(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        if k.shape[0] != self.batch_size:
-            raise ValueError(
-                f"the batch has {k.shape[0]} rows, the tokens in the cache belong to "
-                f"{self.batch_size}; call reset() to start a new batch, or "
-                "batch_repeat_interleave() to continue one prompt in several ways"
-            )
         config = self._existing().config
         have = k.shape[1], k.shape[3], v.shape[1], v.shape[3]
         want = config.num_kv_heads, config.head_dim, config.num_kv_heads, config.v_head_dim
         if have != want:
             raise NotImplementedError(
                 f"attention layer {index} has heads and dimensions {have} of K and V, the first "
-                f"one {want}; VAttnCache does not yet serve models whose layers differ, use "
-                "DynamicCache"
+                f"one {want}; VAttnCache does not yet serve models whose layers differ other than "
+                "by their window, use DynamicCache"
             )
-
-
-def _default_memory(device: torch.device) -> int:
-    """Return a share of the memory that is free on this device, in bytes."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # What torch has cached but not in use is free for torch only.
-        return max(1, int(free * _CUDA_SHARE))
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(available * _CPU_SHARE)

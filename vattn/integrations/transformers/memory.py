@@ -1,0 +1,73 @@
+"""Where the KV cache of a model gets its memory from, and how much of it there may be."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+
+import torch
+
+from vattn import _C
+from vattn.cache import KVCache
+from vattn.config import CacheConfig
+from vattn.environment import apply_environment
+from vattn.pool import open_pool
+from vattn.units import parse_bytes
+
+_LOG = logging.getLogger(__name__)
+
+# What is left is for activations, and for whatever else runs on the machine.
+_CPU_SHARE = 0.5
+_CUDA_SHARE = 0.8
+
+
+class Memory:
+    """One budget for any number of caches, on one device.
+
+    Parameters
+    ----------
+    budget : int or str, optional
+        In bytes or as "4GiB". By default :func:`default_memory`, when the first cache is opened.
+    """
+
+    def __init__(self, budget: int | str | None = None) -> None:
+        self.budget = None if budget is None else parse_bytes(budget, "memory")
+        self._pool: _C.Pool | None = None
+        self._device = ""
+
+    def open(self, config: CacheConfig) -> KVCache:
+        """Make a cache of this configuration, which names no memory of its own."""
+        apply_environment()
+        device = str(config.device)
+        if self._pool is None:
+            if self.budget is None:
+                self.budget = default_memory(torch.device(device))
+                _LOG.info(
+                    "vattn: the KV cache may use %.1f GiB, a share of the memory free now; pass "
+                    "memory to choose",
+                    self.budget / 2**30,
+                )
+            self._pool = open_pool(replace(config, memory=self.budget))
+            self._device = device
+        if device != self._device:
+            raise NotImplementedError(
+                f"keys came on {self._device} before and come on {device} now; vattn does not yet "
+                "serve a model that is spread over several devices, use DynamicCache"
+            )
+        return KVCache(config, self._pool)
+
+
+def default_memory(device: torch.device) -> int:
+    """Return a share of the memory that is free on this device, in bytes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has cached but not in use is free for torch only.
+        return max(1, int(free * _CUDA_SHARE))
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(available * _CPU_SHARE)
