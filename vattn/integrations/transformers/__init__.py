@@ -1,7 +1,24 @@
-"""vattn as the KV cache of HuggingFace transformers: pass it as ``past_key_values``."""
+"""vattn inside HuggingFace transformers.
+
+:class:`VAttnCache` goes into ``generate`` as ``past_key_values``; importing this registers
+``attn_implementation="vattn"``.
+"""
 
 from __future__ import annotations
 
-from vattn.integrations.transformers.cache import VAttnCache
+import transformers
+from packaging.version import Version
 
-__all__ = ["VAttnCache"]
+if Version(transformers.__version__) < Version("5.9"):
+    raise ImportError(
+        f"transformers is {transformers.__version__}, vattn.integrations.transformers needs 5.9 "
+        "or later: pip install -U transformers"
+    )
+
+from vattn.integrations.transformers import attention
+from vattn.integrations.transformers.cache import VAttnCache
+from vattn.integrations.transformers.transparent import enabled
+
+attention.register()
+
+__all__ = ["VAttnCache", "enabled"]

@@ -100,8 +100,34 @@ class VAttnCache(DynamicCache):
                 "VAttnCache cannot offload layers yet; leave offloading out, or use DynamicCache"
             )
         super().__init__(config=config)
-        text_config = config.get_text_config(decoder=True)
+        if not any(_can_serve(layer) for layer in self.layers):
+            raise ValueError(
+                f"no layer of {type(config).__name__} has a KV cache that VAttnCache can hold; use "
+                "DynamicCache"
+            )
+        self._take_over(
+            config,
+            Memory(memory),
+            max_cache_len=max_cache_len,
+            max_batch_size=max_batch_size,
+            # A tensor knows which device "cuda" is.
+            device=None if device is None else torch.empty(0, device=device).device,
+            dtype=dtype,
+        )
+
+    def _take_over(
+        self,
+        config: Any,
+        memory: Memory,
+        *,
+        max_cache_len: int | None,
+        max_batch_size: int | None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Become what the class documents, from an empty DynamicCache."""
         if max_cache_len is None:
+            text_config = config.get_text_config(decoder=True)
             max_cache_len = getattr(text_config, "max_position_embeddings", None)
         for name, value in (("max_cache_len", max_cache_len), ("max_batch_size", max_batch_size)):
             if value is not None and value < 1:
@@ -110,24 +136,35 @@ class VAttnCache(DynamicCache):
             num_layers=1,
             max_cache_len=max_cache_len or _UNSTATED_MAX_CACHE_LEN,
             max_batch_size=max_batch_size,
-            # A tensor knows which device "cuda" is.
-            device=None if device is None else torch.empty(0, device=device).device,
+            device=device,
             dtype=dtype,
         )
-        self._memory = Memory(memory)
+        self._memory = memory
         self._storages = self._replace_layers(options)
-        if not self._storages:
-            raise ValueError(
-                f"no layer of {type(text_config).__name__} has a KV cache that VAttnCache can "
-                "hold; use DynamicCache"
-            )
+
+    @classmethod
+    def from_dynamic(cls, cache: DynamicCache, config: Any, memory: Memory, **limits: Any) -> None:
+        """Make an empty DynamicCache one of these, if it has a layer that can be served.
+
+        Parameters
+        ----------
+        cache : DynamicCache
+            Made from ``config``.
+        config, **limits
+            As of the class: ``max_cache_len`` and ``max_batch_size``.
+        memory : Memory
+            Where its memory comes from.
+        """
+        if any(_can_serve(layer) for layer in cache.layers):
+            cache.__class__ = cls
+            assert isinstance(cache, cls)
+            cache._take_over(config, memory, **limits)
 
     def _replace_layers(self, options: StorageOptions) -> list[Storage]:
         """Put our layers in place of those we can serve; layers with one window share a storage."""
         kinds: dict[int | None, list[int]] = {}
         for layer_idx, layer in enumerate(self.layers):
-            # Not isinstance: subclasses hold more than keys and values.
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            if _can_serve(layer):
                 kinds.setdefault(getattr(layer, "sliding_window", None), []).append(layer_idx)
         storages = []
         for window, members in kinds.items():
@@ -267,3 +304,8 @@ class VAttnCache(DynamicCache):
 
     def _other_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, VAttnLayer)]
+
+
+def _can_serve(layer: object) -> bool:
+    # Not isinstance: subclasses hold more than keys and values.
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)

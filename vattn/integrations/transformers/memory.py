@@ -23,7 +23,7 @@ _CUDA_SHARE = 0.8
 
 
 class Memory:
-    """One budget for any number of caches, on one device.
+    """One budget for any number of caches: so much on each device they are on.
 
     Parameters
     ----------
@@ -32,30 +32,24 @@ class Memory:
     """
 
     def __init__(self, budget: int | str | None = None) -> None:
-        self.budget = None if budget is None else parse_bytes(budget, "memory")
-        self._pool: _C.Pool | None = None
-        self._device = ""
+        self._budget = None if budget is None else parse_bytes(budget, "memory")
+        self._pools: dict[str, _C.Pool] = {}
 
     def open(self, config: CacheConfig) -> KVCache:
         """Make a cache of this configuration, which names no memory of its own."""
         apply_environment()
         device = str(config.device)
-        if self._pool is None:
-            if self.budget is None:
-                self.budget = default_memory(torch.device(device))
+        if device not in self._pools:
+            budget = self._budget
+            if budget is None:
+                budget = default_memory(torch.device(device))
                 _LOG.info(
                     "vattn: the KV cache may use %.1f GiB, a share of the memory free now; pass "
                     "memory to choose",
-                    self.budget / 2**30,
+                    budget / 2**30,
                 )
-            self._pool = open_pool(replace(config, memory=self.budget))
-            self._device = device
-        if device != self._device:
-            raise NotImplementedError(
-                f"keys came on {self._device} before and come on {device} now; vattn does not yet "
-                "serve a model that is spread over several devices, use DynamicCache"
-            )
-        return KVCache(config, self._pool)
+            self._pools[device] = open_pool(replace(config, memory=budget))
+        return KVCache(config, self._pools[device])
 
 
 def default_memory(device: torch.device) -> int:

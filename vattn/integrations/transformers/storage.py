@@ -182,7 +182,7 @@ class Storage:
             raise vattn.OutOfPagesError(
                 f"{batch_size} rows of {seq_len} tokens need {error.needed} more pages of "
                 f"{cache.page_bytes} bytes, {error.free} are free of a budget of "
-                f"{self.memory.budget} bytes; raise memory of VAttnCache, or generate for "
+                f"{cache.stats().budget_bytes} bytes; raise memory of VAttnCache, or generate for "
                 "fewer prompts at a time. The cache is unchanged: reset() makes it usable again",
                 error.needed,
                 error.free,

@@ -1,0 +1,124 @@
+"""The memory of a continuous batch: one KVCache, of which each running request has a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import vattn
+from vattn.integrations.transformers.memory import Memory
+from vattn.units import dtype_name
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer of a model keeps of every token."""
+
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsOptions:
+    """What the rows are made from."""
+
+    layers: Sequence[LayerShape]
+    dtype: torch.dtype
+    device: torch.device
+    max_batch_size: int
+    max_seq_len: int
+    memory: int | str | None
+
+
+class TokenPool:
+    """Keys or values of one layer, of all rows.
+
+    Parameters
+    ----------
+    rows : torch.Tensor
+        [rows, heads, tokens, head_dim], in any strides.
+
+    Attributes
+    ----------
+    row_tokens : int
+        Tokens from one row to the next, in ``flat``.
+    flat : torch.Tensor
+        [heads, tokens of all rows, head_dim]: token ``t`` of row ``b`` is ``b * row_tokens + t``.
+    """
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        n_rows, heads, tokens, dim = rows.shape
+        row_stride, head_stride, token_stride, _ = rows.stride()
+        self.rows = rows
+        self.row_tokens = row_stride // token_stride
+        assert self.row_tokens * token_stride == row_stride, "a row is a whole number of tokens"
+        # Between two rows lies more than their tokens. Nothing is ever written there.
+        total = (n_rows - 1) * self.row_tokens + tokens
+        self.flat = rows.as_strided((heads, total, dim), (head_stride, token_stride, 1))
+
+
+class Rows:
+    """Rows as the scheduler wants them, and as attention does."""
+
+    def __init__(self, options: RowsOptions) -> None:
+        by_shape: dict[LayerShape, list[int]] = {}
+        for index, shape in enumerate(options.layers):
+            by_shape.setdefault(shape, []).append(index)
+        on_cuda = options.device.type == "cuda"
+        config = vattn.CacheConfig(
+            num_layers=len(options.layers),
+            layer_groups=[
+                vattn.LayerGroup(
+                    layers=layers,
+                    num_kv_heads=shape.num_kv_heads,
+                    head_dim=shape.head_dim,
+                    v_head_dim=shape.v_head_dim,
+                )
+                for shape, layers in by_shape.items()
+            ],
+            dtype=dtype_name(options.dtype),
+            max_batch_size=options.max_batch_size,
+            max_seq_len=options.max_seq_len,
+            device=str(options.device),
+            # FlashAttention reads the first; SDPA on the CPU is twice as fast on the second.
+            order="NHD" if on_cuda else "HND",
+        )
+        memory = Memory(options.memory)
+        self.cache = memory.open(config)
+        assert memory.budget is not None
+        self.budget_bytes = memory.budget
+        self.layers: list[tuple[TokenPool, TokenPool]] = []
+        # Made inside inference_mode, they could not be written outside of it.
+        with torch.inference_mode(False):
+            for layer in range(len(options.layers)):
+                k, v = self.cache.kv(layer)
+                assert v is not None
+                if on_cuda:
+                    k, v = k.transpose(1, 2), v.transpose(1, 2)
+                self.layers.append((TokenPool(k), TokenPool(v)))
+
+    def admit(self, num_tokens: int) -> int:
+        """Take a row and back it; see :class:`~.scheduler.RowMemory`."""
+        row = self.cache.alloc(seq_len=num_tokens)
+        try:
+            self.cache.step({row: num_tokens})
+        except vattn.OutOfPagesError:
+            self.cache.free(row)
+            raise
+        return row
+
+    def grow(self, lengths: Mapping[int, int]) -> None:
+        """Back rows; see :class:`~.scheduler.RowMemory`."""
+        self.cache.step(lengths)
+
+    def free(self, row: int) -> None:
+        """Let go of a row; see :class:`~.scheduler.RowMemory`."""
+        self.cache.free(row)
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self.layers.clear()
+        self.cache.close()
