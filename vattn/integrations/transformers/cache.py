@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import vattn
+from vattn.integrations.transformers.bucketed import BucketedLayer, BucketedStorage
 from vattn.integrations.transformers.layer import VAttnLayer
 from vattn.integrations.transformers.memory import Memory
 from vattn.integrations.transformers.storage import Storage, StorageOptions
@@ -43,6 +44,10 @@ class VAttnCache(DynamicCache):
         Budget of physical memory, in bytes or as "4GiB"; used page by page, not taken at once.
         Default: half of the memory available on the CPU, 80 % of what is free on CUDA, when the
         first keys come. Copies of the cache take from the same budget.
+    bucket_len : int, optional
+        Show attention each row in steps of so many tokens, with zeros behind the last, instead of
+        exactly what there is. Then all shapes stay for as many tokens, and ``generate`` compiles
+        the forward where it does so with a ``StaticCache``. Default: exact lengths.
     offloading : bool
         As in ``DynamicCache``; not supported yet.
 
@@ -88,6 +93,7 @@ class VAttnCache(DynamicCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         memory: int | str | None = None,
+        bucket_len: int | None = None,
         offloading: bool = False,
     ) -> None:
         if not hasattr(config, "get_text_config"):
@@ -113,6 +119,7 @@ class VAttnCache(DynamicCache):
             # A tensor knows which device "cuda" is.
             device=None if device is None else torch.empty(0, device=device).device,
             dtype=dtype,
+            bucket_len=bucket_len,
         )
 
     def _take_over(
@@ -124,12 +131,18 @@ class VAttnCache(DynamicCache):
         max_batch_size: int | None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        bucket_len: int | None = None,
     ) -> None:
         """Become what the class documents, from an empty DynamicCache."""
         if max_cache_len is None:
             text_config = config.get_text_config(decoder=True)
             max_cache_len = getattr(text_config, "max_position_embeddings", None)
-        for name, value in (("max_cache_len", max_cache_len), ("max_batch_size", max_batch_size)):
+        counts = {
+            "max_cache_len": max_cache_len,
+            "max_batch_size": max_batch_size,
+            "bucket_len": bucket_len,
+        }
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         options = StorageOptions(
@@ -138,6 +151,7 @@ class VAttnCache(DynamicCache):
             max_batch_size=max_batch_size,
             device=device,
             dtype=dtype,
+            bucket_len=bucket_len,
         )
         self._memory = memory
         self._storages = self._replace_layers(options)
@@ -162,15 +176,19 @@ class VAttnCache(DynamicCache):
 
     def _replace_layers(self, options: StorageOptions) -> list[Storage]:
         """Put our layers in place of those we can serve; layers with one window share a storage."""
+        storage_class: type[Storage] = Storage
+        layer_class: type[VAttnLayer] = VAttnLayer
+        if options.bucket_len is not None:
+            storage_class, layer_class = BucketedStorage, BucketedLayer
         kinds: dict[int | None, list[int]] = {}
         for layer_idx, layer in enumerate(self.layers):
             if _can_serve(layer):
                 kinds.setdefault(getattr(layer, "sliding_window", None), []).append(layer_idx)
         storages = []
         for window, members in kinds.items():
-            storage = Storage(replace(options, num_layers=len(members)), self._memory)
+            storage = storage_class(replace(options, num_layers=len(members)), self._memory)
             for index, layer_idx in enumerate(members):
-                self.layers[layer_idx] = VAttnLayer(storage, index, window)
+                self.layers[layer_idx] = layer_class(storage, index, window)
             storages.append(storage)
         return storages
 

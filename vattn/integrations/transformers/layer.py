@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from vattn.integrations.transformers import compiled
 from vattn.integrations.transformers.storage import Storage
 
 
@@ -93,6 +94,8 @@ class VAttnLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             [batch, num_kv_heads, tokens, head_dim], views of the cache. All tokens; with a sliding
             window the new ones and as many before as the first of them sees.
         """
+        if torch.compiler.is_compiling() and self.is_initialized:
+            return self._update_in_graph(key_states, value_states)
         self.storage.prepare(self._index, key_states, value_states)
         start, end = self.length, self.length + key_states.shape[-2]
         self.storage.extend(end)
@@ -102,6 +105,20 @@ class VAttnLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         first = self._first_visible(start)
         self._set_length(end)
         return keys[:, :, first:], values[:, :, first:]
+
+    def _update_in_graph(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.storage.tensors[self._index]
+        batch, start, end = key_states.shape[0], self.length, self.length + key_states.shape[-2]
+        # Here too: slices of more than there is are shorter, and what fails then says nothing.
+        self.storage.check_length(end)
+        compiled.append(
+            keys, values, key_states, value_states, self.storage.number, self._index, start
+        )
+        first = self._first_visible(start)
+        self._set_length(end)
+        return keys[:batch, :, first:end], values[:batch, :, first:end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that the next ``update`` returns."""
@@ -139,7 +156,7 @@ class VAttnLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def copy_to(self, storage: Storage) -> VAttnLayer:
         """Return this layer over a copy of its storage."""
-        twin = VAttnLayer(storage, self._index, self.sliding_window)
+        twin = type(self)(storage, self._index, self.sliding_window)
         twin.length, twin._values_length = self.length, self._values_length
         return twin
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import vattn
+from vattn.integrations.transformers import compiled
 from vattn.integrations.transformers.memory import Memory
 from vattn.units import dtype_name
 
@@ -20,6 +21,7 @@ class StorageOptions:
     max_batch_size: int | None
     device: torch.device | None
     dtype: torch.dtype | None
+    bucket_len: int | None = None
 
 
 class Storage:
@@ -32,13 +34,14 @@ class Storage:
         self.batch_size = 0  # rows held: always 0 to batch_size - 1
         self.seq_len = 0  # tokens that every row held has memory for
         self.lengths = [0] * options.num_layers  # tokens that each layer uses of them
-        self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []  # of whole rows, per layer
+        self.number = compiled.register(self)
 
     def prepare(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Get ready to take these keys and values of one layer, or say why not."""
         self._check_device_and_dtype(k, v)
         if self.cache is None:
-            self.cache = self._open(k, v)
+            self._use(self._open(k, v))
         self._check_shape(index, k, v)
         if self.seq_len == 0 and k.shape[0] != self.batch_size:
             self.hold(k.shape[0])
@@ -51,15 +54,18 @@ class Storage:
 
     def extend(self, seq_len: int) -> None:
         """Back every row with memory for this many tokens. The first layer of a forward does it."""
-        if seq_len <= self.seq_len:
-            return
+        if seq_len > self.seq_len:
+            self.check_length(seq_len)
+            self._step(seq_len, self.batch_size)
+
+    def check_length(self, seq_len: int) -> None:
+        """Raise if a row cannot have so many tokens."""
         limit = self.options.max_cache_len
         if seq_len > limit:
             raise ValueError(
                 f"the sequence would have {seq_len} tokens, the cache takes {limit}; generate "
                 "fewer, or raise max_cache_len of VAttnCache (it costs addresses, not memory)"
             )
-        self._step(seq_len, self.batch_size)
 
     def shrink(self) -> None:
         """Let go of the tokens that no layer uses. Their memory stays mapped, for the next ones."""
@@ -132,7 +138,7 @@ class Storage:
 
     def close(self) -> None:
         """Give all memory back. The next keys start afresh."""
-        self._tensors.clear()
+        self.tensors = []
         if self.cache is not None:
             self.cache.close()
         self.cache, self.batch_size, self.seq_len = None, 0, 0
@@ -146,11 +152,11 @@ class Storage:
         max_batch_size : int, optional
             Rows that it has room for; as many as this one by default.
         """
-        twin = Storage(self.options, self.memory)
+        twin = type(self)(self.options, self.memory)
         if self.cache is None:
             return twin
         rows = max_batch_size or self.cache.config.max_batch_size
-        twin.cache = self.memory.open(replace(self.cache.config, max_batch_size=rows))
+        twin._use(self.memory.open(replace(self.cache.config, max_batch_size=rows)))
         twin.hold(self.batch_size)
         twin._step(self.seq_len, self.batch_size)
         twin.lengths = list(self.lengths)
@@ -161,16 +167,7 @@ class Storage:
 
     def kv(self, index: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer as views of shape [batch, heads, seq_len, dim]."""
-        if index not in self._tensors:
-            cache = self._existing()
-            # Made inside inference_mode, they could not be written outside of it.
-            with torch.inference_mode(False):
-                k, v = cache.kv(index)
-                assert v is not None
-                if cache.config.order == "NHD":
-                    k, v = k.transpose(1, 2), v.transpose(1, 2)
-            self._tensors[index] = k, v
-        k, v = self._tensors[index]
+        k, v = self.tensors[index]
         return k[: self.batch_size, :, :seq_len], v[: self.batch_size, :, :seq_len]
 
     def _step(self, seq_len: int, batch_size: int) -> None:
@@ -188,6 +185,17 @@ class Storage:
                 error.free,
             ) from error
         self.seq_len = seq_len
+
+    def _use(self, cache: vattn.KVCache) -> None:
+        self.cache = cache
+        # Made inside inference_mode, they could not be written outside of it.
+        with torch.inference_mode(False):
+            for index in range(self.options.num_layers):
+                k, v = cache.kv(index)
+                assert v is not None
+                if cache.config.order == "NHD":
+                    k, v = k.transpose(1, 2), v.transpose(1, 2)
+                self.tensors.append((k, v))
 
     def _existing(self) -> vattn.KVCache:
         assert self.cache is not None, "prepare() comes first"
@@ -216,7 +224,7 @@ class Storage:
             self.hold(0)
             self._existing().trim()
         roomier = self.copy(max_batch_size)
-        self.cache, self._tensors = roomier.cache, roomier._tensors
+        self.cache, self.tensors = roomier.cache, roomier.tensors
         return self._existing()
 
     def _check_device_and_dtype(self, k: torch.Tensor, v: torch.Tensor) -> None:
