@@ -16,6 +16,7 @@ from families import (
     make_model,
     vattn_cache,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import vattn
@@ -75,6 +76,35 @@ def test_beam_search_reorders_rows(llama: Any) -> None:
         for cache in (vattn_cache(llama), DynamicCache(config=llama.config))
     ]
     assert results[0] == results[1]
+
+
+class RowsWritten(TorchDispatchMode):
+    """Counts the rows that index_copy_ writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.index_copy_.default:
+            self.counts.append(args[2].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_beams_that_keep_their_parent_are_not_moved(llama: Any) -> None:
+    with vattn_cache(llama) as cache:
+        filled(llama, cache, left_padded(5, 9, 7, 8))
+        before = [layer.keys.clone() for layer in cache.layers]
+        with RowsWritten() as written:
+            cache.reorder_cache(torch.tensor([0, 0, 2, 1]))
+        assert written.counts == [2] * 6, "rows 1 and 3, of K and V in three layers"
+        for layer, old in zip(cache.layers, before, strict=True):
+            assert layer.keys.equal(old[[0, 0, 2, 1]])
+        with RowsWritten() as written:
+            cache.reorder_cache(torch.arange(4))
+        assert not written.counts
 
 
 def test_rejected_guesses_are_cropped(llama: Any) -> None:
@@ -171,6 +201,22 @@ def test_out_of_pages_leaves_a_cache_that_reset_makes_usable(llama: Any) -> None
         cache.reset()
         shorter = left_padded(5, 9)
         assert_same(generate(llama, shorter, cache), generate(llama, shorter, None))
+
+
+def test_out_of_pages_in_one_kind_of_layer_leaves_the_others_as_they_are() -> None:
+    gemma = make_model("gemma3")  # two layers with a window, two without, of 2 heads
+    a_page_more = 2 * 2 * 2 * 64 * 1024
+    with vattn_cache(gemma, memory=3 * a_page_more) as cache:
+        filled(gemma, cache, left_padded(60))
+        with pytest.raises(vattn.OutOfPagesError):
+            filled(gemma, cache, left_padded(9))
+        assert [layer.length for layer in cache.layers] == [60] * 4
+        assert [kv_cache.seq_lens for kv_cache in cache.kv_caches] == [[60], [60]]
+        for kv_cache in cache.kv_caches:
+            kv_cache.check()
+        cache.crop(-20)
+        filled(gemma, cache, left_padded(9))
+        assert cache.get_seq_length() == 49
 
 
 def test_rows_that_cannot_be_backed_are_not_taken(llama: Any) -> None:

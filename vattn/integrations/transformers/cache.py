@@ -200,6 +200,47 @@ class VAttnCache(DynamicCache):
         """
         return tuple(storage.cache for storage in self._storages if storage.cache is not None)
 
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new tokens of one layer; see :meth:`VAttnLayer.update`.
+
+        Raises
+        ------
+        vattn.OutOfPagesError
+            There is no memory for them, in this layer or in one of those that follow. No layer
+            changed.
+        """
+        if len(self._storages) > 1 and not torch.compiler.is_compiling():
+            self._extend_all(layer_idx, key_states.shape[-2])
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def _extend_all(self, layer_idx: int, new: int) -> None:
+        """Make room in all kinds of layers before the first of a forward is written to."""
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, VAttnLayer) or layer.length + new <= layer.storage.seq_len:
+            return
+        grown: list[tuple[Storage, int]] = []
+        # In the very first forward the shapes of those that follow are not known yet.
+        storages = [storage for storage in self._storages if storage.seq_len]
+        if layer.storage not in storages:
+            return
+        try:
+            for storage in storages:
+                before = storage.seq_len
+                storage.extend(max(storage.lengths) + new)
+                grown.append((storage, before))
+        except (MemoryError, ValueError):
+            for storage, before in grown:
+                storage.step(before, storage.batch_size)
+            raise
+
     def crop(self, tokens_to_remove: int) -> None:
         """Cut tokens off the end of every row: ``-n`` removes n, a positive number is the rest.
 

@@ -56,7 +56,7 @@ class Storage:
         """Back every row with memory for this many tokens. The first layer of a forward does it."""
         if seq_len > self.seq_len:
             self.check_length(seq_len)
-            self._step(seq_len, self.batch_size)
+            self.step(seq_len, self.batch_size)
 
     def check_length(self, seq_len: int) -> None:
         """Raise if a row cannot have so many tokens."""
@@ -71,7 +71,24 @@ class Storage:
         """Let go of the tokens that no layer uses. Their memory stays mapped, for the next ones."""
         longest = max(self.lengths)
         if longest < self.seq_len:
-            self._step(longest, self.batch_size)
+            self.step(longest, self.batch_size)
+
+    def step(self, seq_len: int, batch_size: int) -> None:
+        """Back this many rows with memory for this many tokens each. All or nothing."""
+        cache = self._existing()
+        lengths = [seq_len] * batch_size + [0] * (cache.config.max_batch_size - batch_size)
+        try:
+            cache.step(lengths)
+        except vattn.OutOfPagesError as error:
+            raise vattn.OutOfPagesError(
+                f"{batch_size} rows of {seq_len} tokens need {error.needed} more pages of "
+                f"{cache.page_bytes} bytes, {error.free} are free of a budget of "
+                f"{cache.stats().budget_bytes} bytes; raise memory of VAttnCache, or generate for "
+                "fewer prompts at a time. The cache is unchanged: reset() makes it usable again",
+                error.needed,
+                error.free,
+            ) from error
+        self.seq_len = seq_len
 
     def hold(self, batch_size: int) -> None:
         """Hold the rows 0 to ``batch_size - 1`` and no others.
@@ -105,7 +122,7 @@ class Storage:
         before = self.batch_size
         self.hold(batch_size)
         try:
-            self._step(self.seq_len, batch_size)
+            self.step(self.seq_len, batch_size)
         except MemoryError:
             self.hold(before)
             raise
@@ -158,7 +175,7 @@ class Storage:
         rows = max_batch_size or self.cache.config.max_batch_size
         twin._use(self.memory.open(replace(self.cache.config, max_batch_size=rows)))
         twin.hold(self.batch_size)
-        twin._step(self.seq_len, self.batch_size)
+        twin.step(self.seq_len, self.batch_size)
         twin.lengths = list(self.lengths)
         for index, length in enumerate(self.lengths):
             for mine, theirs in zip(twin.kv(index, length), self.kv(index, length), strict=True):
@@ -169,22 +186,6 @@ class Storage:
         """K and V of one layer as views of shape [batch, heads, seq_len, dim]."""
         k, v = self.tensors[index]
         return k[: self.batch_size, :, :seq_len], v[: self.batch_size, :, :seq_len]
-
-    def _step(self, seq_len: int, batch_size: int) -> None:
-        cache = self._existing()
-        lengths = [seq_len] * batch_size + [0] * (cache.config.max_batch_size - batch_size)
-        try:
-            cache.step(lengths)
-        except vattn.OutOfPagesError as error:
-            raise vattn.OutOfPagesError(
-                f"{batch_size} rows of {seq_len} tokens need {error.needed} more pages of "
-                f"{cache.page_bytes} bytes, {error.free} are free of a budget of "
-                f"{cache.stats().budget_bytes} bytes; raise memory of VAttnCache, or generate for "
-                "fewer prompts at a time. The cache is unchanged: reset() makes it usable again",
-                error.needed,
-                error.free,
-            ) from error
-        self.seq_len = seq_len
 
     def _use(self, cache: vattn.KVCache) -> None:
         self.cache = cache
