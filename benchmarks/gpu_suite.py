@@ -3,9 +3,9 @@
 Builds the extension in place, runs the tests marked gpu, then the benchmarks. Each part is a
 process with a time limit of its own; when one fails, the others still run. Needs Python 3.10 or
 later with torch, pybind11, setuptools, pytest, pytest-timeout, hypothesis, numpy and rich; a C++17
-compiler and make; cuda-bindings if there is. Writes gpu_suite-<date>-<commit>.json, which holds the
-results of all parts, and gpu_suite.log into --out. Without a GPU the parts that need one are
-skipped.
+compiler and make; cuda-bindings and transformers if there are. Writes
+gpu_suite-<date>-<commit>.json, which holds the results of all parts, and gpu_suite.log into --out.
+Without a GPU the parts that need one are skipped.
 
 Exit status: 0 if no part failed, else 1.
 """
@@ -22,6 +22,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ class Part:
     limit_s: int
     arguments: tuple[str, ...]
     needs_gpu: bool = True
+    needs_module: str | None = None
+
+    def why_skip(self, gpu_missing: str | None) -> str | None:
+        """Say why it cannot be run; None if it can."""
+        if self.needs_gpu and gpu_missing:
+            return gpu_missing
+        if self.needs_module and find_spec(self.needs_module) is None:
+            return f"skipped: no {self.needs_module}"
+        return None
 
 
 @dataclass
@@ -78,6 +88,8 @@ def parts(quick: bool) -> list[Part]:
     build = ("setup.py", "build_ext", "--inplace")
     vmm = ("-m", "benchmarks.vmm_latency", *small, *out)
     step = ("-m", "benchmarks.step_latency", *small, *out)
+    # Ends by itself before its limit: a part that is killed has no results.
+    hf = ("-m", "benchmarks.hf_generate", *small, *out, "--dtypes", "bfloat16", "--deadline", "180")
     tests = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *junit)
     return [
         Part("machine", 60, ("-c", SHOW_MACHINE), needs_gpu=False),
@@ -86,6 +98,7 @@ def parts(quick: bool) -> list[Part]:
         Part("vmm_latency_gpu", 90, (*vmm, "--device", "cuda:0")),
         Part("step_latency_gpu", 120, (*step, "--device", "cuda:0")),
         Part("vmm_latency_host", 60, (*vmm, "--device", "cpu"), needs_gpu=False),
+        Part("hf_generate_gpu", 260, (*hf, "--device", "cuda:0"), needs_module="transformers"),
     ]
 
 
@@ -163,8 +176,9 @@ def run_all(
     outcomes = []
     for part in chosen:
         left = deadline - time.monotonic()
-        if part.needs_gpu and gpu_missing:
-            outcomes.append(Outcome(part.name, gpu_missing))
+        skipped = part.why_skip(gpu_missing)
+        if skipped:
+            outcomes.append(Outcome(part.name, skipped))
         elif left < 5:
             outcomes.append(Outcome(part.name, "not started", summary="no time was left"))
         else:

@@ -84,6 +84,7 @@ def test_gpu_suite_skips_what_needs_a_gpu(tmp_path: Path) -> None:
         "tests": "skipped: no CUDA device",
         "vmm_latency_gpu": "skipped: no CUDA device",
         "step_latency_gpu": "skipped: no CUDA device",
+        "hf_generate_gpu": "skipped: no CUDA device",
         "vmm_latency_host": "ok",
     }
     (host,) = (part for part in record["parts"] if part["name"] == "vmm_latency_host")
