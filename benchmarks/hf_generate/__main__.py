@@ -69,7 +69,9 @@ def _sizes(options: argparse.Namespace) -> tuple[Shape, update.Sizes, generate.S
             layers=2, heads=4, kv_heads=2, head_dim=16, hidden_size=64, intermediate_size=128
         )
         of_update = replace(of_update, context=64, turns=2, per_turn=2, copied_bytes=2**20)
-        of_generate = replace(of_generate, contexts=(64,), batches=(1, 2), tokens=4, rounds=1)
+        of_generate = replace(
+            of_generate, contexts=(64,), batches=(1, 2), tokens=4, heap_tokens=4, rounds=1
+        )
     given = {name: value for name, value in vars(options).items() if value is not None}
     shape = replace(shape, **{f.name: given[f.name] for f in fields(Shape) if f.name in given})
     own = {f.name: given[f.name] for f in fields(generate.Sizes) if f.name in given}

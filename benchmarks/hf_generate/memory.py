@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -13,6 +14,13 @@ _SELF = Path("/proc/self")
 def _field(path: Path, name: str) -> int:
     lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
+
+
+def allocate_from_heap() -> None:
+    """Let glibc's malloc take blocks of up to 1 GiB from its heap instead of mapping each."""
+    m_mmap_threshold = -3  # malloc.h
+    if ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**30) != 1:
+        raise RuntimeError("mallopt(M_MMAP_THRESHOLD) failed; this malloc is not glibc's")
 
 
 def no_room(needed: int, device: str) -> str | None:
