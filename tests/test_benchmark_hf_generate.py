@@ -75,7 +75,7 @@ def test_the_record_has_the_form_of_the_others(record: dict[str, Any], folder: P
     assert len(set(names)) == len(names), "two measurements have one name"
     assert all(m["limit"] is None or m["limit"] in names for m in record["measurements"])
     assert all(set(t) == {"name", "goal", "measured", "unit", "met"} for t in record["targets"])
-    assert len(record["targets"]) == 2 + 4 + 2
+    assert len(record["targets"]) == 2 + 6 + 2
     (picture,) = folder.glob("*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -144,7 +144,7 @@ def test_what_has_no_room_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPat
     sizes = generate.Sizes(contexts=(64, 65536), batches=(1,), dtypes=("float32",), rounds=1)
     part = generate.measure(generate.Shape(), sizes, "cpu", time.monotonic() + 60)
     assert part.measurements == part.targets == part.rows == []
-    assert len(part.missing) == 2 * len(generate.SUBJECTS)
+    assert len(part.missing) == 2 * len(generate.SUBJECTS) + len(generate.HEAP_SUBJECTS)
     assert {entry["status"] for entry in part.missing} == {"skipped"}
     reasons = {entry["name"]: entry["reason"] for entry in part.missing}
     assert reasons["generate/float32/65536/b1/StaticCache 32K + sdpa"].startswith("no larger")
