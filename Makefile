@@ -23,7 +23,7 @@ PY_DIRS := $(wildcard setup.py vattn tests benchmarks docs)
 CPP_DIRS := $(wildcard csrc tests/cpp tests/libcuda_double benchmarks/cpp)
 CPP_FILES = $(shell find $(CPP_DIRS) -name '*.h' -o -name '*.cc')
 
-.PHONY: help compiler setup test demo lint format test-cpp test-py bench dist-check clean distclean
+.PHONY: help compiler setup test demo lint format test-cpp test-py test-newest bench dist-check clean distclean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # One stage after the other: they share the output, and each uses all cores by itself.
@@ -37,6 +37,7 @@ help:
 	@echo 'make format      let ruff and clang-format rewrite the files'
 	@echo 'make test-cpp    C++ tests under ASan+UBSan, then under TSan'
 	@echo 'make test-py     Python tests'
+	@echo 'make test-newest the integrations with the newest transformers there is'
 	@echo 'make dist-check  build the sdist, the wheel from it, and import that without torch'
 	@echo 'make setup       the environment and the extension only'
 	@echo 'make clean       remove build products; make distclean also removes $(VENV)'
@@ -107,6 +108,17 @@ test-py: $(VENV)/.extension
 	@$(MAKE) -C tests/cpp double -j$(JOBS)
 	$(call say,'Python tests')
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The pinned transformers stays in .venv; the newest lies beside it and is found first. Only itself: its
+# dependencies are those of the pinned one.
+test-newest: $(VENV)/.extension
+	$(call say,'Integrations with the newest transformers')
+	@rm -rf build/transformers-newest
+	@$(PIP) --no-deps --target build/transformers-newest transformers
+	@PYTHONPATH=build/transformers-newest $(BIN)/python -c \
+	  'import transformers; print(transformers.__version__, "from", transformers.__file__)'
+	@PYTHONPATH=build/transformers-newest $(BIN)/python -m pytest tests/integrations vattn/integrations \
+	  $(PYTEST_ARGS)
 
 # What users get: the sdist must hold all that the wheel needs, and the wheel must import in an
 # environment that has nothing else in it.

@@ -99,7 +99,7 @@ T5 = {
     "d_ff": 96,
     "num_layers": 3,
     "num_heads": 2,
-    "initializer_factor": 10.0,
+    "initializer_factor": 3.0,
     "decoder_start_token_id": 0,
 }
 

@@ -21,13 +21,13 @@ from families import (
     vattn_cache,
 )
 
-# With linear attention, part of the state is in layers that stay transformers' own.
-NAMES = ["llama", "mistral-window", "gemma3", "gpt2", "gpt-oss", "deepseek-v3", "qwen3-next"]
+ATTENTION_ONLY = ["llama", "mistral-window", "gemma3", "gpt2", "gpt-oss", "deepseek-v3"]
 PREFIX = left_padded(70)
 PROMPTS = [followed_by(PREFIX, torch.tensor([tail])) for tail in ([1, 2, 3], [4, 5, 6, 7, 8])]
 
 
-@pytest.mark.parametrize("name", NAMES)
+# With linear attention, part of the state is in layers that stay transformers' own.
+@pytest.mark.parametrize("name", [*ATTENTION_ONLY, "qwen3-next"])
 def test_a_prefix_is_copied_for_each_prompt(name: str) -> None:
     model = make_model(name)
     results = []
@@ -44,7 +44,7 @@ def test_a_prefix_is_copied_for_each_prompt(name: str) -> None:
     assert results[0][0].sequences.equal(results[0][2].sequences), "the original has changed"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "qwen3-next"])
+@pytest.mark.parametrize("name", ATTENTION_ONLY)
 def test_rows_of_a_copy_are_repeated_and_selected(name: str) -> None:
     model = make_model(name)
     tails = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -62,7 +62,7 @@ def test_rows_of_a_copy_are_repeated_and_selected(name: str) -> None:
     assert_same(*results)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ATTENTION_ONLY)
 def test_rows_of_a_padded_batch_are_selected(name: str) -> None:
     model = make_model(name)
     batch = left_padded(5, 80, 33)
@@ -77,6 +77,21 @@ def test_rows_of_a_padded_batch_are_selected(name: str) -> None:
         results.append(generate(model, prompts, cache))
     assert_varied(results[1])
     assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [("batch_repeat_interleave", 2), ("batch_select_indices", torch.tensor([1, 0, 0]))],
+)
+def test_rows_stay_when_a_layer_of_transformers_cannot_change_its_own(
+    method: str, argument: Any
+) -> None:
+    model = make_model("qwen3-next")
+    with filled(model, vattn_cache(model), left_padded(5, 8)) as cache:
+        keys = cache.layers[1].keys.clone()
+        with pytest.raises((AttributeError, NotImplementedError), match=method):
+            getattr(cache, method)(argument)
+        assert cache.layers[1].keys.equal(keys)
 
 
 def test_an_empty_cache_can_be_copied() -> None:
@@ -109,6 +124,21 @@ def test_what_is_written_to_one_is_not_in_the_other() -> None:
                 theirs.values.zero_()
                 assert mine.keys.equal(before)
                 assert mine.values.any()
+
+
+def test_a_copy_that_is_cut_leaves_the_original_whole() -> None:
+    model = make_model("llama")
+    rows = torch.tensor([1, 0])
+    batch = left_padded(70, 30)
+    prompts = followed_by({key: whole[rows] for key, whole in batch.items()}, rows[:, None])
+    stock = filled(model, stock_cache(model), batch)
+    with filled(model, vattn_cache(model), batch) as cache, copy.deepcopy(cache) as twin:
+        twin.crop(-60)
+        results = []
+        for each in (cache, stock):
+            each.reorder_cache(rows)
+            results.append(generate(model, prompts, each))
+        assert_same(*results)
 
 
 def mapped_bytes(cache: Any) -> int:

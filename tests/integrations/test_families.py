@@ -37,13 +37,32 @@ def test_a_left_padded_batch_generates_the_same(name: str, attention: str) -> No
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_row_has_the_tokens_that_were_read(name: str) -> None:
+def test_keys_and_values_are_those_of_a_dynamic_cache(name: str) -> None:
     model = make_model(name)
+    stock = stock_cache(model)
     with vattn_cache(model) as cache:
-        generate(model, left_padded(*LONG), cache, max_new_tokens=3)
-        assert cache.get_seq_length() == max(LONG) + 2
+        for each in (cache, stock):
+            generate(model, left_padded(*LONG), each, max_new_tokens=3)
+            assert each.get_seq_length() == max(LONG) + 2
+        assert cache.is_sliding == stock.is_sliding
+        for mine, theirs in zip(cache.layers, stock.layers, strict=True):
+            if hasattr(theirs, "keys"):  # not those with linear attention
+                assert_close(mine.keys, theirs.keys)
+                assert_close(mine.values, theirs.values)
         for kv_cache in cache.kv_caches:
             kv_cache.check()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3"])
+def test_the_layers_come_out_as_those_of_a_dynamic_cache(name: str) -> None:
+    model = make_model(name)
+    with filled(model, vattn_cache(model), left_padded(*LONG)) as cache:
+        stock = filled(model, stock_cache(model), left_padded(*LONG))
+        for (*mine, my_window), (*theirs, their_window) in zip(cache, stock, strict=True):
+            assert (my_window is None) == (their_window is None)
+            assert my_window is None or int(my_window) == int(their_window)
+            for ours, other in zip(mine, theirs, strict=True):
+                assert_close(ours, other)
 
 
 @pytest.mark.parametrize("name", [*KINDS, "gpt-oss", "deepseek-v3", "qwen3-next"])
@@ -82,16 +101,19 @@ def test_guesses_of_an_assistant_are_cropped(name: str) -> None:
     forwards = []
     with model.register_forward_hook(lambda *_: forwards.append(1)):
         assert_same_with(model, lambda cache: generate(model, left_padded(21), cache, **options))
-    assert 20 < len(forwards) < 75, "the assistant is too often right, or wrong"
+    assert 20 < len(forwards) < 80, "the assistant is always right, or wrong"
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
 def test_guesses_for_a_model_with_windows_are_cropped(name: str) -> None:
     model = make_model(name)
-    # Without windows: until transformers 5.23 an assistant's own cache could not have any.
-    assistant = make_model("llama", seed=1, num_hidden_layers=2)
+    # The same weights, but until transformers 5.23 an assistant's own cache can have no windows.
+    assistant = make_model(name, layer_types=["full_attention"] * 4)
     options = {"assistant_model": assistant, "eos_token_id": VOCAB}
-    assert_same_with(model, lambda cache: generate(model, left_padded(21), cache, **options))
+    forwards = []
+    with model.register_forward_hook(lambda *_: forwards.append(1)):
+        assert_same_with(model, lambda cache: generate(model, left_padded(21), cache, **options))
+    assert 20 < len(forwards) < 80, "the assistant is always right, or wrong"
 
 
 @pytest.mark.parametrize("name", [*KINDS, "deepseek-v3"])

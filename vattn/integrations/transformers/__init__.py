@@ -1,6 +1,7 @@
 """vattn inside HuggingFace transformers.
 
-:class:`VAttnCache` goes into ``generate`` as ``past_key_values``; importing this registers
+:class:`VAttnCache` goes into ``generate`` as ``past_key_values``, :func:`enabled` puts it there for
+you; :func:`generate_batch` serves many requests without padding. Importing this registers
 ``attn_implementation="vattn"``.
 """
 
@@ -16,9 +17,10 @@ if Version(transformers.__version__) < Version("5.9"):
     )
 
 from vattn.integrations.transformers import attention
+from vattn.integrations.transformers.batching import ContinuousBatch, generate_batch, stream_batch
 from vattn.integrations.transformers.cache import VAttnCache
 from vattn.integrations.transformers.transparent import enabled
 
 attention.register()
 
-__all__ = ["VAttnCache", "enabled"]
+__all__ = ["ContinuousBatch", "VAttnCache", "enabled", "generate_batch", "stream_batch"]

@@ -68,12 +68,12 @@ def attention_is(attention: Attention) -> Iterator[None]:
 
 
 def current_attention() -> Attention:
-    """What ``vattn_ragged`` does at the moment, if anything."""
+    """Return what ``vattn_ragged`` does at the moment."""
     attention = _CURRENT.get()
     if attention is None:
         raise RuntimeError(
-            "the model is part of a ContinuousBatch, whose attention serves no other forward; close "
-            "the batch first, or call step() of it"
+            "the model is part of a ContinuousBatch, whose attention serves no other forward; "
+            "close the batch first, or call step() of it"
         )
     return attention
 
@@ -106,8 +106,8 @@ def no_mask(*_: Any, **options: Any) -> None:
     """Make no mask: attention reads of each row no more than a token may see."""
     if not options.get("allow_is_causal_skip", True):
         raise NotImplementedError(
-            "the model's attention is not just causal, which a continuous batch does not serve; use "
-            "model.generate()"
+            "the model's attention is not just causal, which a continuous batch does not serve; "
+            "use model.generate()"
         )
 
 

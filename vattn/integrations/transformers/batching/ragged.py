@@ -6,6 +6,7 @@ value to its place in its row, and hands on the rows as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from vattn.integrations.transformers.batching.attention import AttentionOptions, current_attention
-from vattn.integrations.transformers.batching.flash import attend_with_flash, find_flash_kernel
+from vattn.integrations.transformers.batching.flash import FlashCalls, find_flash_kernel
 from vattn.integrations.transformers.batching.rows import Rows, TokenPool
 from vattn.integrations.transformers.cpu_attention import attend
 
@@ -84,12 +85,10 @@ class RaggedBatch:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Attend over rows; see :class:`~.attention.Attention`. ``key`` and ``value`` are rows."""
-        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         kernel = find_flash_kernel(query, value, options)
         if kernel is not None:
-            segments = [(s.row, s.length, s.count) for s in (*self.singles, *self.chunks)]
-            attend_with_flash(kernel, segments, query, key, value, options, output)
-            return output
+            return self._flash_calls.attend(kernel, query, key, value, options)
+        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         if self.singles:
             self._attend_singles(query, key, value, options, output[0, : len(self.singles)])
         start = len(self.singles)
@@ -99,6 +98,11 @@ class RaggedBatch:
             output[:, start:stop] = part.transpose(1, 2)
             start = stop
         return output
+
+    @functools.cached_property
+    def _flash_calls(self) -> FlashCalls:
+        segments = [(s.row, s.length, s.count) for s in (*self.singles, *self.chunks)]
+        return FlashCalls(segments, self._device)
 
     def _attend_singles(
         self,
@@ -122,7 +126,9 @@ class RaggedBatch:
             self._spans[options.window] = spans
         seen = zip(queries, _views(key, spans), _views(value, spans), strict=True)
         scaling, softcap, sinks = options.scaling, options.softcap, options.sinks
-        outputs = [attend(q, k, v, scaling=scaling, softcap=softcap, sinks=sinks) for q, k, v in seen]
+        outputs = [
+            attend(q, k, v, scaling=scaling, softcap=softcap, sinks=sinks) for q, k, v in seen
+        ]
         output.copy_(torch.cat(outputs).view(output.shape))
 
     def _attend_chunk(
@@ -148,7 +154,7 @@ class RaggedBatch:
         )
 
     def _mask(self, count: int, length: int, window: int | None) -> torch.Tensor:
-        """True where one of the last ``count`` tokens sees one of ``length``."""
+        """Return a mask: True where one of the last ``count`` tokens sees one of ``length``."""
         which = count, length, window
         if which not in self._masks:
             mask = torch.ones(count, length, dtype=torch.bool, device=self._device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import vattn
-from vattn.integrations.transformers.memory import Memory
+from vattn.integrations.transformers.memory import default_memory
 from vattn.units import dtype_name
 
 
@@ -68,6 +68,7 @@ class Rows:
         for index, shape in enumerate(options.layers):
             by_shape.setdefault(shape, []).append(index)
         on_cuda = options.device.type == "cuda"
+        memory = default_memory(options.device) if options.memory is None else options.memory
         config = vattn.CacheConfig(
             num_layers=len(options.layers),
             layer_groups=[
@@ -83,13 +84,11 @@ class Rows:
             max_batch_size=options.max_batch_size,
             max_seq_len=options.max_seq_len,
             device=str(options.device),
+            memory=memory,
             # FlashAttention reads the first; SDPA on the CPU is twice as fast on the second.
             order="NHD" if on_cuda else "HND",
         )
-        memory = Memory(options.memory)
-        self.cache = memory.open(config)
-        assert memory.budget is not None
-        self.budget_bytes = memory.budget
+        self.cache = vattn.init(config)
         self.layers: list[tuple[TokenPool, TokenPool]] = []
         # Made inside inference_mode, they could not be written outside of it.
         with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""Which requests take part in the next forward, and with how many tokens. Knows nothing of torch."""
+"""Which requests take part in the next forward, and with how many tokens. No torch in here."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ class Plan(Generic[TaskT]):
 class Scheduler(Generic[TaskT]):
     """First come, first served, with as many at a time as there are rows and memory for.
 
-    A task is admitted when all of its tokens fit, so that it never waits for memory in the middle of
-    a prompt. When those that run have outgrown the memory, the one admitted last has to go: it waits
-    at the front of the queue and is computed again from its first token. Nothing is admitted after
-    that before a task has ended, since until then memory only becomes scarcer.
+    A task is admitted when all of its tokens fit, so that it never waits for memory in the middle
+    of a prompt. When those that run have outgrown the memory, the one admitted last has to go: it
+    waits at the front of the queue and is computed again from its first token. Nothing is admitted
+    after that before a task has ended, since until then memory only becomes scarcer.
 
     Parameters
     ----------
@@ -114,11 +114,10 @@ class Scheduler(Generic[TaskT]):
 
     def plan(self) -> Plan[TaskT]:
         """Decide on the next forward, and see to it that all of its tokens have memory."""
-        failed: list[tuple[TaskT, OutOfPagesError]] = []
-        counts = self._grow(failed)
+        counts = self._grow()
         chunks = [(t, n) for t, n in zip(self.running, counts, strict=True) if n]
-        chunks += self._admit(self._max_batch_tokens - sum(counts), failed)
-        return Plan(chunks, failed)
+        admitted, failed = self._admit(self._max_batch_tokens - sum(counts))
+        return Plan(chunks + admitted, failed)
 
     def _share_tokens(self) -> list[int]:
         """How many tokens each running task computes: first those that generate, then prompts."""
@@ -131,7 +130,7 @@ class Scheduler(Generic[TaskT]):
             counts.append(count)
         return counts
 
-    def _grow(self, failed: list[tuple[TaskT, OutOfPagesError]]) -> list[int]:
+    def _grow(self) -> list[int]:
         while self.running:
             counts = self._share_tokens()
             lengths = {}
@@ -140,13 +139,9 @@ class Scheduler(Generic[TaskT]):
                 lengths[task.row] = max(task.backed, task.computed + count)
             try:
                 self._memory.grow(lengths)
-            except OutOfPagesError as error:
-                if len(self.running) == 1:
-                    task = self.running[0]
-                    self.end(task)
-                    failed.append((task, error))
-                else:
-                    self._preempt(self.running.pop())
+            except OutOfPagesError:
+                # Even if it is the only one: then it fails to be admitted again.
+                self._preempt(self.running.pop())
                 continue
             for task in self.running:
                 assert task.row is not None
@@ -167,9 +162,10 @@ class Scheduler(Generic[TaskT]):
         task.row, task.backed = None, 0
 
     def _admit(
-        self, left: int, failed: list[tuple[TaskT, OutOfPagesError]]
-    ) -> list[tuple[TaskT, int]]:
-        admitted = []
+        self, left: int
+    ) -> tuple[list[tuple[TaskT, int]], list[tuple[TaskT, OutOfPagesError]]]:
+        admitted: list[tuple[TaskT, int]] = []
+        failed: list[tuple[TaskT, OutOfPagesError]] = []
         while left and self.waiting and len(self.running) < self._max_batch_size:
             if self.running and self._preempted_since_one_ended:
                 break
@@ -181,7 +177,8 @@ class Scheduler(Generic[TaskT]):
             except OutOfPagesError as error:
                 if self.running:
                     break
-                failed.append((self.waiting.popleft(), error))
+                self.end(task)
+                failed.append((task, error))
                 continue
             self.waiting.popleft()
             self.running.append(task)
@@ -189,4 +186,4 @@ class Scheduler(Generic[TaskT]):
             count = min(left, task.missing)
             left -= count
             admitted.append((task, count))
-        return admitted
+        return admitted, failed
