@@ -99,7 +99,6 @@ T5 = {
     "d_ff": 96,
     "num_layers": 3,
     "num_heads": 2,
-    "initializer_factor": 3.0,
     "decoder_start_token_id": 0,
 }
 

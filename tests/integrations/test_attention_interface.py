@@ -36,7 +36,7 @@ def test_every_family_says_the_same_as_with_eager(name: str) -> None:
     stock = generate(make_model(name, "eager"), inputs, None)
     assert ours.sequences.equal(stock.sequences)
     for mine, theirs in zip(ours.logits, stock.logits, strict=True):
-        # Another order of summation, over logits of up to 10, and of 300 in T5.
+        # Another order of summation, over logits of up to 10.
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-4)
 
 

@@ -165,6 +165,14 @@ def test_nothing_is_left_behind(llama: Any) -> None:
         batch.cancel_request("req_1")
 
 
+def test_autograd_takes_no_notice(llama: Any) -> None:
+    assert torch.is_grad_enabled() and next(llama.parameters()).requires_grad
+    with ContinuousBatch(llama, memory="64MiB") as batch:
+        batch.add_request([1, 2, 3], max_new_tokens=2)
+        drain(batch)
+        assert not batch.kv_cache.kv(0)[0].requires_grad
+
+
 class Interrupted(Exception):
     pass
 
@@ -287,5 +295,6 @@ def test_progress_is_shown_on_a_terminal(
 
 
 def test_no_prompts_no_outputs(llama: Any) -> None:
-    assert generate_batch(llama, []) == {}
-    assert list(stream_batch(llama, [])) == []
+    # Less than one page: to open anything would fail.
+    assert generate_batch(llama, [], memory="1KiB") == {}
+    assert list(stream_batch(llama, [], memory="1KiB")) == []

@@ -47,8 +47,9 @@ def together(
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_the_defaults_are_those_of_generate(llama: Any) -> None:
-    assert together(llama)[0] == alone(llama)
-    assert len(together(llama)[0]) == 20
+    outputs = together(llama)
+    assert outputs == [alone(llama), alone(llama, [1, 2, 3])]
+    assert [len(tokens) for tokens in outputs] == [20, 20]
 
 
 @pytest.mark.parametrize("settings", [{"max_length": 12}, {"max_length": 12, "max_new_tokens": 3}])
@@ -131,7 +132,14 @@ def test_each_request_has_its_own_configuration(llama: Any) -> None:
     expected = [alone(llama, prompt, max_new_tokens=15) for prompt in inputs[:2]]
     assert [outputs[0], outputs[3]] == expected == outputs[4:]
     assert outputs[1] != expected[1] and outputs[2] != expected[0]
-    assert greedy.max_length is None and greedy.eos_token_id is None, "it is not written to"
+
+
+def test_settings_take_precedence_and_leave_the_configuration_alone(llama: Any) -> None:
+    config = GenerationConfig(max_new_tokens=9, do_sample=False)
+    before = config.to_dict()
+    assert [len(tokens) for tokens in together(llama, config=config, max_new_tokens=3)] == [3, 3]
+    assert [len(tokens) for tokens in together(llama, config=config)] == [9, 9]
+    assert config.to_dict() == before
 
 
 def test_samples_follow_the_distribution(llama: Any) -> None:

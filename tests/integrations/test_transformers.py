@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from families import (
-    VOCAB,
     assert_same,
     filled,
     generate,
@@ -47,37 +46,6 @@ def test_one_step_per_forward_and_not_per_layer(llama: Any) -> None:
         assert cache.kv_caches[0].stats().steps == 7
 
 
-@pytest.mark.parametrize("lengths", [(9,), (4, 9)])
-def test_a_conversation_goes_on_in_the_same_cache(llama: Any, lengths: tuple[int, ...]) -> None:
-    results = []
-    for cache in (vattn_cache(llama), DynamicCache(config=llama.config)):
-        first = generate(llama, left_padded(*lengths), cache, max_new_tokens=6)
-        ids = torch.cat([first.sequences, torch.full((len(lengths), 5), 7)], dim=1)
-        mask = (ids != 0).long()
-        mask[:, max(lengths) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        results.append(generate(llama, inputs, cache, max_new_tokens=6))
-    assert_same(*results)
-
-
-def test_a_prompt_may_come_in_chunks(llama: Any) -> None:
-    inputs = left_padded(37, 21)
-    results = [
-        generate(llama, inputs, cache, prefill_chunk_size=8)
-        for cache in (vattn_cache(llama), DynamicCache(config=llama.config))
-    ]
-    assert_same(*results)
-
-
-def test_beam_search_reorders_rows(llama: Any) -> None:
-    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
-    results = [
-        generate(llama, left_padded(5, 9), cache, **options).sequences.tolist()
-        for cache in (vattn_cache(llama), DynamicCache(config=llama.config))
-    ]
-    assert results[0] == results[1]
-
-
 class RowsWritten(TorchDispatchMode):
     """Counts the rows that index_copy_ writes."""
 
@@ -105,16 +73,6 @@ def test_beams_that_keep_their_parent_are_not_moved(llama: Any) -> None:
         with RowsWritten() as written:
             cache.reorder_cache(torch.arange(4))
         assert not written.counts
-
-
-def test_rejected_guesses_are_cropped(llama: Any) -> None:
-    inputs = {"input_ids": torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3]])}
-    options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12, "eos_token_id": VOCAB}
-    results = [
-        generate(llama, inputs, cache, **options).sequences.tolist()
-        for cache in (vattn_cache(llama), DynamicCache(config=llama.config))
-    ]
-    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("count", [-4, torch.tensor(-4), 5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -275,9 +276,10 @@ class VAttnCache(DynamicCache):
                 f"beam_idx has {len(beam_idx)} entries, expected one for each of the {batch_size} "
                 "rows; batch_select_indices() changes their number"
             )
+        others = self._calls_of_others("reorder_cache")
         self._gather(beam_idx)
-        for layer in self._other_layers():
-            layer.reorder_cache(beam_idx)
+        for call in others:
+            call(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, to continue each prompt in several ways.
@@ -287,9 +289,10 @@ class VAttnCache(DynamicCache):
         repeats : int
             How often.
         """
+        others = self._calls_of_others("batch_repeat_interleave")
         self._gather(torch.arange(self._storages[0].batch_size).repeat_interleave(repeats))
-        for layer in self._other_layers():
-            layer.batch_repeat_interleave(repeats)
+        for call in others:
+            call(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows only, in this order.
@@ -299,9 +302,10 @@ class VAttnCache(DynamicCache):
         indices : torch.Tensor
             Rows, or a bool for each row.
         """
+        others = self._calls_of_others("batch_select_indices")
         self._gather(torch.arange(self._storages[0].batch_size)[indices.cpu()])
-        for layer in self._other_layers():
-            layer.batch_select_indices(indices)
+        for call in others:
+            call(indices)
 
     def _gather(self, rows: torch.Tensor) -> None:
         if not any(storage.seq_len for storage in self._storages):
@@ -361,8 +365,16 @@ class VAttnCache(DynamicCache):
                 setattr(twin, name, copy.deepcopy(value, memo))
         return twin
 
-    def _other_layers(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, VAttnLayer)]
+    def _calls_of_others(self, name: str) -> list[Callable[[Any], None]]:
+        """Find a method of the layers that are not ours, before ours change."""
+        others = [layer for layer in self.layers if not isinstance(layer, VAttnLayer)]
+        for layer in others:
+            if not hasattr(layer, name):
+                raise NotImplementedError(
+                    f"{type(layer).__name__} of transformers has no {name}(), so the cache of a "
+                    "model that has such layers cannot do it; call the model for the new batch"
+                )
+        return [getattr(layer, name) for layer in others]
 
 
 def _can_serve(layer: object) -> bool:

@@ -37,6 +37,9 @@ class VAttnLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.storage = storage
         self._index = index
         self.sliding_window = sliding_window
+        if sliding_window is not None:
+            # How transformers tells, when it iterates over a cache, which layers have a window.
+            self._sliding_window_tensor = torch.tensor(sliding_window)
         self.length = 0
         # Differs from length only between an assignment of keys and that of values.
         self._values_length = 0
