@@ -102,7 +102,7 @@ def scenarios(is_smoke: bool) -> list[Scenario]:
         shape=big,
         prompt_tokens=(8, 199),
         new_tokens=(48, 48),
-        rounds={SERIAL: 2, PADDED: 5, HF_DEFAULT: 2, HF_TUNED: 5, OURS: 5},
+        rounds={SERIAL: 1, PADDED: 5, HF_DEFAULT: 1, HF_TUNED: 5, OURS: 5},
         tuned={"num_blocks": 64, "max_batch_tokens": 512},
     )
     uneven = Scenario(
