@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -297,3 +298,11 @@ def test_bad_settings_are_refused(llama: Any) -> None:
         VAttnCache(llama.config, max_cache_len=0)
     with pytest.raises(ValueError, match="memory is 'much'"):
         VAttnCache(llama.config, memory="much")
+
+
+def test_a_transformers_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vattn.integrations.transformers as integration
+
+    monkeypatch.setattr(transformers, "__version__", "5.8.1")
+    with pytest.raises(ImportError, match=r"5\.8\.1, .* needs 5\.9 or later: pip install"):
+        importlib.reload(integration)
