@@ -303,6 +303,7 @@ def test_bad_settings_are_refused(llama: Any) -> None:
 def test_a_transformers_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import vattn.integrations.transformers as integration
 
-    monkeypatch.setattr(transformers, "__version__", "5.8.1")
+    # By name: transformers may have put another module object in the place of the one above.
+    monkeypatch.setattr("transformers.__version__", "5.8.1")
     with pytest.raises(ImportError, match=r"5\.8\.1, .* needs 5\.9 or later: pip install"):
         importlib.reload(integration)

@@ -52,6 +52,28 @@ class Memory:
         return KVCache(config, self._pools[device])
 
 
+def order_for(device: torch.device) -> str:
+    """Return the order that attention wants: token-major for FlashAttention, else head-major.
+
+    SDPA on the CPU is twice as fast on the second.
+    """
+    return "NHD" if device.type == "cuda" else "HND"
+
+
+def head_major(cache: KVCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return K and V of every layer as [rows, heads, tokens, dim], as transformers has them."""
+    tensors = []
+    # Made inside inference_mode, they could not be written outside of it.
+    with torch.inference_mode(False):
+        for layer in range(cache.config.num_layers):
+            k, v = cache.kv(layer)
+            assert v is not None
+            if cache.config.order == "NHD":
+                k, v = k.transpose(1, 2), v.transpose(1, 2)
+            tensors.append((k, v))
+    return tensors
+
+
 def default_memory(device: torch.device) -> int:
     """Return a share of the memory that is free on this device, in bytes."""
     if device.type == "cuda":

@@ -8,7 +8,7 @@ import torch
 
 import vattn
 from vattn.integrations.transformers import compiled
-from vattn.integrations.transformers.memory import Memory
+from vattn.integrations.transformers.memory import Memory, head_major, order_for
 from vattn.units import dtype_name
 
 
@@ -130,11 +130,9 @@ class Storage:
     def gather(self, rows: list[int]) -> None:
         """Put row ``rows[b]`` at row ``b`` for each ``b``, in all layers; others are let go.
 
-        Rows that stay where they are cost nothing.
+        Rows that stay where they are cost nothing. For more rows than are held, ``grow_batch``
+        comes first.
         """
-        before = self.batch_size
-        if len(rows) > before:
-            self.grow_batch(len(rows))
         moved = [b for b, source in enumerate(rows) if b != source]
         if moved:
             device = torch.device(str(self._existing().config.device))
@@ -189,14 +187,7 @@ class Storage:
 
     def _use(self, cache: vattn.KVCache) -> None:
         self.cache = cache
-        # Made inside inference_mode, they could not be written outside of it.
-        with torch.inference_mode(False):
-            for index in range(self.options.num_layers):
-                k, v = cache.kv(index)
-                assert v is not None
-                if cache.config.order == "NHD":
-                    k, v = k.transpose(1, 2), v.transpose(1, 2)
-                self.tensors.append((k, v))
+        self.tensors = head_major(cache)
 
     def _existing(self) -> vattn.KVCache:
         assert self.cache is not None, "prepare() comes first"
@@ -214,8 +205,7 @@ class Storage:
                 max_batch_size=options.max_batch_size or k.shape[0],
                 max_seq_len=options.max_cache_len,
                 device=str(k.device),
-                # FlashAttention reads the first; SDPA on the CPU is twice as fast on the second.
-                order="NHD" if k.device.type == "cuda" else "HND",
+                order=order_for(k.device),
             )
         )
 

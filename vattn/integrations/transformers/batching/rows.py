@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import vattn
-from vattn.integrations.transformers.memory import default_memory
+from vattn.integrations.transformers.memory import default_memory, head_major, order_for
 from vattn.units import dtype_name
 
 
@@ -67,7 +67,6 @@ class Rows:
         by_shape: dict[LayerShape, list[int]] = {}
         for index, shape in enumerate(options.layers):
             by_shape.setdefault(shape, []).append(index)
-        on_cuda = options.device.type == "cuda"
         memory = default_memory(options.device) if options.memory is None else options.memory
         config = vattn.CacheConfig(
             num_layers=len(options.layers),
@@ -85,19 +84,11 @@ class Rows:
             max_seq_len=options.max_seq_len,
             device=str(options.device),
             memory=memory,
-            # FlashAttention reads the first; SDPA on the CPU is twice as fast on the second.
-            order="NHD" if on_cuda else "HND",
+            order=order_for(options.device),
         )
         self.cache = vattn.init(config)
-        self.layers: list[tuple[TokenPool, TokenPool]] = []
-        # Made inside inference_mode, they could not be written outside of it.
         with torch.inference_mode(False):
-            for layer in range(len(options.layers)):
-                k, v = self.cache.kv(layer)
-                assert v is not None
-                if on_cuda:
-                    k, v = k.transpose(1, 2), v.transpose(1, 2)
-                self.layers.append((TokenPool(k), TokenPool(v)))
+            self.layers = [(TokenPool(k), TokenPool(v)) for k, v in head_major(self.cache)]
 
     def admit(self, num_tokens: int) -> int:
         """Take a row and back it; see :class:`~.scheduler.RowMemory`."""
