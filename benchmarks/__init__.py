@@ -1,1 +1,5 @@
-"""What vattn costs, measured: run each as ``python -m benchmarks.NAME`` in the repository root."""
+"""Measurements of this source tree; those that users run are ``vattn bench``."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"

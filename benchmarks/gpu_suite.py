@@ -28,8 +28,9 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import common
-from benchmarks.common import ROOT, console
+from benchmarks import RESULTS
+from vattn.bench import common
+from vattn.bench.common import ROOT, console
 
 DEADLINE_S = 530
 TAIL_CHARS = 6000
@@ -213,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=common.RESULTS,
+        default=RESULTS,
         help="folder for the JSON file and the log (default: benchmarks/results)",
     )
     parser.add_argument("--commit", help="what to record as the commit where there is no git")

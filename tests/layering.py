@@ -48,8 +48,8 @@ CORE_MAY_INCLUDE = {"driver/vmm_driver.h", "driver/tracing_driver.h"}
 SYSTEM_HEADERS = {"base": {"pthread.h"}, "core": set[str]()}
 
 FRAMEWORKS = {"transformers", "vllm", "sglang", "accelerate"}
-# An application on top of the library: it may import what it shows.
-APPLICATIONS = {"demo"}
+# Applications on top of the library: they may import what they show.
+APPLICATIONS = {"bench", "demo", "replay"}
 
 _NAMES: list[tuple[str, set[str], re.Pattern[str]]] = [
     # rule, the layers it holds for, what must not be there

@@ -15,9 +15,12 @@ import pytest
 import torch
 
 import vattn
-from benchmarks import common, decode, gpu_suite, growth, steady, vmm_latency
-from benchmarks.common import Distribution, NothingMeasured
+from benchmarks import cpp_step, gpu_suite
 from benchmarks.gpu_suite import Part
+from vattn.bench import common
+from vattn.bench.common import Distribution, NothingMeasured
+from vattn.bench.latency import measure as vmm_latency
+from vattn.bench.step import decode, growth, steady
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"date", "commit", "command", "cpu", "kernel", "python", "torch", "load_after"}
@@ -54,7 +57,7 @@ def check_record(record: dict[str, Any], name: str) -> dict[str, Any]:
 def test_step_latency_writes_targets_and_limits(tmp_path: Path) -> None:
     record = run("step_latency", tmp_path)
     by_name = check_record(record, "step_latency")
-    assert set(steady.CPP_SAMPLES) <= set(by_name)
+    assert set(cpp_step.CPP_SAMPLES) <= set(by_name)
     for form in ("int64", "int32", "list", "tensor", "dict"):
         assert by_name[f"python_{form}"]["limit"] == "python_empty_call"
     assert by_name["growth_super_pages"]["calls"] == {"create": 1, "map": 1}

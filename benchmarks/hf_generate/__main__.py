@@ -14,10 +14,11 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from benchmarks import RESULTS
 from benchmarks.hf_generate import batching, generate, report, turns, update
 from benchmarks.hf_generate.model import Shape
 from benchmarks.hf_generate.results import Part
+from vattn.bench import common
 
 PARTS = ("update", "batching", "generate")  # in this order
 
@@ -37,6 +38,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     common.add_arguments(parser)
+    parser.set_defaults(out=RESULTS)
     parser.add_argument("--smoke", dest="quick", action="store_true", help="the same as --quick")
     parser.add_argument("--parts", type=_names, default=PARTS, help=f"of {','.join(PARTS)}")
     parser.add_argument("--contexts", type=_numbers, help="tokens, such as 8192,32768")

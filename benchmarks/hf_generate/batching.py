@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from benchmarks.common import Distribution, Measurement, at_least, expect_calls, progress
 from benchmarks.hf_generate.model import GREEDY, Shape, TokenClock, build, gaps, synchronize
 from benchmarks.hf_generate.results import Part, Rate
 from benchmarks.hf_generate.turns import ChildFailed, in_child, there_and_back
+from vattn.bench.common import Distribution, Measurement, at_least, expect_calls, progress
 from vattn.integrations import transformers as integration
 
 SERIAL, PADDED = "one by one", "left-padded batch"

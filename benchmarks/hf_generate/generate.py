@@ -11,16 +11,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    Distribution,
-    Measurement,
-    Target,
-    at_least,
-    at_most,
-    expect_calls,
-    progress,
-    time_calls,
-)
 from benchmarks.hf_generate.memory import allocate_from_heap, no_room, watch_peak
 from benchmarks.hf_generate.model import (
     GIB,
@@ -36,6 +26,16 @@ from benchmarks.hf_generate.model import (
 )
 from benchmarks.hf_generate.results import Part, Rate
 from benchmarks.hf_generate.turns import ChildFailed, in_child, there_and_back
+from vattn.bench.common import (
+    Distribution,
+    Measurement,
+    Target,
+    at_least,
+    at_most,
+    expect_calls,
+    progress,
+    time_calls,
+)
 
 SPEED_GOALS = {"float32": 2.5, "bfloat16": 5.0}  # times the tokens/s of the stock
 PEAK_GOAL = 0.6  # times the peak of the stock

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.common import Measurement, console, duration
 from benchmarks.hf_generate.generate import STOCK
 from benchmarks.hf_generate.model import GIB, MIB, Shape
+from vattn.bench.common import Measurement, console, duration
 
 Row = dict[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.common import Measurement, NothingMeasured, Target, console
+from vattn.bench.common import Measurement, NothingMeasured, Target, console
 
 
 @dataclass(frozen=True, kw_only=True)

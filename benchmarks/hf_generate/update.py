@@ -9,14 +9,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    Distribution,
-    Measurement,
-    at_least,
-    expect_calls,
-    progress,
-    time_calls,
-)
 from benchmarks.hf_generate.memory import no_room
 from benchmarks.hf_generate.model import (
     GIB,
@@ -29,6 +21,14 @@ from benchmarks.hf_generate.model import (
 )
 from benchmarks.hf_generate.results import Part
 from benchmarks.hf_generate.turns import ChildFailed, in_child, there_and_back
+from vattn.bench.common import (
+    Distribution,
+    Measurement,
+    at_least,
+    expect_calls,
+    progress,
+    time_calls,
+)
 
 CACHES = ("DynamicCache", "StaticCache", "VAttnCache")
 GOAL = 80.0  # times the speed of DynamicCache

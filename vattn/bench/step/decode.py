@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import vattn
-from benchmarks.common import (
+from vattn.bench.common import (
     Distribution,
     Measurement,
     NothingMeasured,

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 import vattn
-from benchmarks.common import (
+from vattn.bench.common import (
     Distribution,
     Measurement,
     Target,

@@ -21,8 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+import vattn
+
+# The source tree, if the package is imported from one.
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = Path("vattn-results")
 SCHEMA = 1
 
 
@@ -134,9 +137,11 @@ def _first_line(path: str, prefix: str = "") -> str | None:
 
 def commit() -> str:
     """Short commit of the source tree, "+dirty" if it has changes, "unknown" without git."""
-    name = _output("git", "rev-parse", "--short=10", "HEAD")
-    if not name:
+    top = _output("git", "rev-parse", "--show-toplevel")
+    # An installed package may lie inside the repository of another project.
+    if top is None or Path(top) != ROOT:
         return "unknown"
+    name = _output("git", "rev-parse", "--short=10", "HEAD") or "unknown"
     # Results are written here, and must not make the next one dirty.
     changed = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return f"{name}+dirty" if changed else name
@@ -156,11 +161,12 @@ def _torch_facts() -> dict[str, Any]:
 
 
 def environment(commit_name: str | None = None) -> dict[str, Any]:
-    """Everything a reader needs to judge, or to repeat, a figure."""
+    """Return everything a reader needs to judge, or to repeat, a figure."""
     cpu = _first_line("/proc/cpuinfo", "model name") or platform.processor()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_name or commit(),
+        "vattn": vattn.__version__,
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "cpu": cpu.partition(":")[2].strip() or cpu,
         "cores": os.cpu_count(),
@@ -193,7 +199,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, to see that it works; no figures"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help=f"folder for what is written (default: {RESULTS})"
+    )
     parser.add_argument("--commit", help="what to record as the commit where there is no git")
 
 

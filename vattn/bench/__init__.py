@@ -1,0 +1,1 @@
+"""Benchmarks: what memory costs on this machine. Run by ``vattn bench``."""

@@ -1,0 +1,1 @@
+"""Attention over vattn's tensors beside others: ``vattn bench attention``."""

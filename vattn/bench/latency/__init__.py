@@ -1,0 +1,1 @@
+"""What each driver call costs: ``vattn bench latency``."""

@@ -1,0 +1,1 @@
+"""What ``KVCache.step`` costs: ``vattn bench step``."""
