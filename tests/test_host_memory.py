@@ -11,6 +11,8 @@ import torch
 from backends import Backend, wait_until
 
 import vattn
+from vattn.pool import open_pool
+from vattn.testing import settle
 
 MIB = 2**20
 
@@ -57,6 +59,18 @@ def test_the_background_thread_faults_pages_in_ahead_of_use():
     row = cache.alloc(seq_len=32768)
     wait_until(lambda: resident_mib() - before > 60)
     assert cache.seq_lens[row] == 0
+    cache.close()
+
+
+def test_a_rehearsal_maps_but_touches_nothing_and_may_exceed_the_machine():
+    config = Backend("host").config(memory="64TiB", max_seq_len=32768, lookahead=16)
+    cache = vattn.KVCache(config, open_pool(config, rehearsal=True))
+    before = resident_mib()
+    row = cache.alloc(seq_len=32768)
+    settle(cache)
+    assert cache.mapped_tokens(row) >= 32768
+    assert cache.stats().mapped_bytes >= 64 * MIB
+    assert resident_mib() - before < 16
     cache.close()
 
 

@@ -10,7 +10,9 @@ from vattn.units import parse_bytes
 DEFAULT_MAX_EXTENT_BYTES = 128 * 2**20
 
 
-def open_pool(config: CacheConfig, *, inject_faults: bool = False) -> _C.Pool:
+def open_pool(
+    config: CacheConfig, *, inject_faults: bool = False, rehearsal: bool = False
+) -> _C.Pool:
     """Open the driver of the configuration's device, and a pool of its budget over it.
 
     Parameters
@@ -19,6 +21,9 @@ def open_pool(config: CacheConfig, *, inject_faults: bool = False) -> _C.Pool:
         ``memory`` is required; ``page_bytes`` and ``max_extent_bytes`` have defaults.
     inject_faults : bool
         Whether driver calls can be made to fail; see :mod:`vattn.testing`.
+    rehearsal : bool
+        On the CPU only: lengths are played through and nobody touches the memory. Mappings are
+        real, but nothing is populated, and the budget may be larger than the machine's memory.
     """
     memory = config.memory_bytes
     if memory is None:
@@ -46,4 +51,5 @@ def open_pool(config: CacheConfig, *, inject_faults: bool = False) -> _C.Pool:
         max_extent_bytes=max_extent_bytes,
         memory_bytes=memory,
         inject_faults=inject_faults,
+        rehearsal=rehearsal,
     )

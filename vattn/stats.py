@@ -42,10 +42,14 @@ class CacheStats:
         Held, but mapped nowhere.
     mapped_bytes : int
         Mapped under the rows of this cache.
+    reclaimable_bytes : int
+        Of ``mapped_bytes``, what ``step`` may take back for other rows: pages of idle rows, and
+        pages beyond the tokens of active ones.
     peak_mapped_bytes : int
         Largest ``held_bytes - free_bytes`` of the pool so far.
     used_bytes : int
-        Tokens of active rows. ``used_bytes / mapped_bytes`` is the utilisation.
+        Tokens of active rows. ``used_bytes / mapped_bytes`` is the utilisation of what is mapped,
+        ``used_bytes / (mapped_bytes - reclaimable_bytes)`` of what other requests cannot have.
     reserved_bytes : int
         Addresses, which cost nothing.
     rows_free, rows_active, rows_idle, rows_retiring : int
@@ -64,6 +68,7 @@ class CacheStats:
     held_bytes: int
     free_bytes: int
     mapped_bytes: int
+    reclaimable_bytes: int
     peak_mapped_bytes: int
     used_bytes: int
     reserved_bytes: int
@@ -76,6 +81,15 @@ class CacheStats:
     prefetched_runs: int
     prefetch_failures: int
     driver_calls: Mapping[str, Mapping[str, CallStats]]
+
+    @property
+    def available_bytes(self) -> int:
+        """Bytes that the next ``step`` can be given: not created yet, free, or reclaimable.
+
+        What admission should compare a request's need with. Other caches of the same pool may take
+        some of it first.
+        """
+        return self.budget_bytes - self.held_bytes + self.free_bytes + self.reclaimable_bytes
 
     def calls(self, origin: str) -> int:
         """Driver calls of one origin: "step", "background" or "other"."""

@@ -1,4 +1,4 @@
-"""For the tests of engines that build on vattn: make driver calls fail on purpose."""
+"""For the tests of engines that build on vattn: failing driver calls, a settled background."""
 
 from __future__ import annotations
 
@@ -55,3 +55,28 @@ def init_with_faults(config: CacheConfig) -> tuple[KVCache, Faults]:
     """
     cache = KVCache(config, open_pool(config, inject_faults=True))
     return cache, Faults(cache)
+
+
+def settle(cache: KVCache, timeout_s: float = 10.0) -> None:
+    """Wait until the background thread has nothing to do: all is mapped that can be mapped ahead.
+
+    Raises
+    ------
+    TimeoutError
+        It was still busy after ``timeout_s`` seconds.
+
+    Examples
+    --------
+    >>> import vattn
+    >>> cache = vattn.init(vattn.CacheConfig(
+    ...     num_layers=1, num_kv_heads=1, head_dim=64, dtype="float32", lookahead=256,
+    ...     max_batch_size=1, max_seq_len=1024, device="cpu", memory="1MiB", page_bytes="64KiB"))
+    >>> row = cache.alloc()
+    >>> cache.step({row: 1})
+    >>> settle(cache)
+    >>> cache.mapped_tokens(row)
+    512
+    >>> cache.close()
+    """
+    if not cache._core.wait_background(round(timeout_s * 1000)):
+        raise TimeoutError(f"the background thread was still busy after {timeout_s:g} s")

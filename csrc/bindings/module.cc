@@ -32,10 +32,14 @@ struct PyPool {
 
 // page_bytes == 0: the driver's granularity (CUDA only).
 PyPool open_pool(const std::string& device_type, int device_index, size_t page_bytes,
-                 size_t max_extent_bytes, size_t memory_bytes, bool inject) {
+                 size_t max_extent_bytes, size_t memory_bytes, bool inject, bool rehearsal) {
   const bool cuda = device_type == "cuda";
+  if (cuda && rehearsal) {
+    throw std::invalid_argument("rehearsal is for device 'cpu', where memory may stay untouched");
+  }
+  const HostUse use = rehearsal ? HostUse::kRehearsal : HostUse::kMemory;
   std::shared_ptr<VmmDriver> driver =
-      cuda ? open_cuda_driver(device_index) : open_host_driver(page_bytes);
+      cuda ? open_cuda_driver(device_index) : open_host_driver(page_bytes, use);
   if (page_bytes == 0) page_bytes = driver->page_bytes();
   PyPool result;
   if (inject) driver = result.faults = inject_faults(driver);
@@ -74,6 +78,7 @@ py::dict to_dict(const CacheStats& stats) {
   d["reserved_bytes"] = stats.reserved_bytes;
   d["used_bytes"] = stats.used_bytes;
   d["mapped_bytes"] = stats.mapped_bytes;
+  d["reclaimable_bytes"] = stats.reclaimable_bytes;
   d["rows_free"] = stats.rows_free;
   d["rows_active"] = stats.rows_active;
   d["rows_idle"] = stats.rows_idle;
@@ -147,7 +152,7 @@ void define_pool(py::module_& m) {
   py::class_<PyPool>(m, "Pool")
       .def(py::init(&open_pool), py::kw_only(), py::arg("device_type"), py::arg("device_index"),
            py::arg("page_bytes"), py::arg("max_extent_bytes"), py::arg("memory_bytes"),
-           py::arg("inject_faults") = false, Release())
+           py::arg("inject_faults") = false, py::arg("rehearsal") = false, Release())
       .def_property_readonly("page_bytes", [](const PyPool& p) { return p.pool->page_bytes(); })
       .def_property_readonly("max_extent_bytes",
                              [](const PyPool& p) { return p.pool->max_extent_bytes(); })
@@ -181,6 +186,7 @@ void define_cache(py::module_& m) {
       .def("step", &step_with, py::arg("seq_lens"))
       .def("trim", &KvCache::trim, Release())
       .def("close", &KvCache::close, Release())
+      .def("wait_background", &KvCache::wait_background, py::arg("timeout_ms"), Release())
       .def("stop_background", &KvCache::stop_background, Release())
       .def("check", &KvCache::check, Release())
       .def("seq_lens", &KvCache::seq_lens, Release())

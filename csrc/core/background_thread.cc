@@ -1,7 +1,5 @@
 #include "core/background_thread.h"
 
-#include <chrono>
-
 #include "base/scheduling.h"
 
 namespace vattn {
@@ -20,11 +18,17 @@ void BackgroundThread::wake() {
   condition_.notify_one();
 }
 
+bool BackgroundThread::wait_asleep(std::chrono::milliseconds timeout) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return fell_asleep_.wait_for(lock, timeout, [this] { return stop_ || (asleep_ && !woken_); });
+}
+
 void BackgroundThread::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
     condition_.notify_one();
+    fell_asleep_.notify_all();
   }
   const std::lock_guard<std::mutex> lock(join_mutex_);
   if (thread_.joinable()) thread_.join();
@@ -40,7 +44,10 @@ void BackgroundThread::run() {
     lock.lock();
     const auto must_go_on = [this] { return stop_ || woken_; };
     if (next == Next::kSleep) {
+      asleep_ = true;
+      fell_asleep_.notify_all();
       condition_.wait(lock, must_go_on);
+      asleep_ = false;
     } else if (next == Next::kSoon) {
       condition_.wait_for(lock, std::chrono::milliseconds(1), must_go_on);
     }

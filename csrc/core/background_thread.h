@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -25,6 +26,8 @@ class BackgroundThread {
 
   // Costs one atomic exchange if a wake-up is pending already.
   void wake();
+  // Waits until the thread sleeps and nobody has woken it, or has ended. False: not in time.
+  bool wait_asleep(std::chrono::milliseconds timeout);
   // Waits for the piece of work in progress and joins. Idempotent, from any thread but this one.
   void stop();
 
@@ -33,9 +36,11 @@ class BackgroundThread {
 
   const std::function<Next()> work_;
   std::atomic<bool> woken_{false};
-  std::mutex mutex_;  // guards stop_
+  std::mutex mutex_;  // guards stop_ and asleep_
   std::condition_variable condition_;
+  std::condition_variable fell_asleep_;
   bool stop_ = false;
+  bool asleep_ = false;
   std::mutex join_mutex_;  // two threads may call stop()
   std::thread thread_;     // last: it starts when everything above is there
 };

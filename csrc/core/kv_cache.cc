@@ -264,6 +264,11 @@ size_t KvCache::trim() {
   return returned;
 }
 
+bool KvCache::wait_background(int64_t timeout_ms) const {
+  process_.check_not_forked();
+  return background_->wait_asleep(std::chrono::milliseconds(timeout_ms));
+}
+
 void KvCache::stop_background() {
   if (!process_.forked()) background_->stop();
 }

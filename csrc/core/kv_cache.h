@@ -26,8 +26,9 @@ enum class BatchIdx : int32_t {};  // row of the KV tensors: FlashAttention's ca
 struct CacheStats {
   PoolStats pool;
   size_t reserved_bytes;
-  size_t used_bytes;    // tokens of active rows
-  size_t mapped_bytes;  // pages under the rows of this cache
+  size_t used_bytes;         // tokens of active rows
+  size_t mapped_bytes;       // pages under the rows of this cache
+  size_t reclaimable_bytes;  // of those, what step() may take back: idle rows, and pages ahead
   size_t rows_free, rows_active, rows_idle, rows_retiring;
   uint64_t steps;
   uint64_t steps_with_growth;  // steps that had to map in the caller's time
@@ -65,6 +66,8 @@ class KvCache {
   // Waits for the device, then gives everything back but the addresses, which stay reserved until
   // the destructor: tensors may still point there. Idempotent.
   void close();
+  // Waits until the background thread has nothing to do. False: it still had after the timeout.
+  bool wait_background(int64_t timeout_ms) const;
   // Joins the background thread; the cache works on without it.
   void stop_background();
 

@@ -52,6 +52,7 @@ CacheStats KvCache::stats() const {
     stats.rows_idle += state == RowState::kIdle ? 1 : 0;
     stats.rows_retiring += state == RowState::kRetiring ? 1 : 0;
   }
+  stats.reclaimable_bytes = reclaimable_pages(seq_lens_.data()) * pool_->page_bytes();
   stats.steps = steps_;
   stats.steps_with_growth = steps_with_growth_;
   stats.prefetched_runs = prefetched_runs_;

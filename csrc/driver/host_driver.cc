@@ -46,7 +46,7 @@ size_t read_number(const char* path, const std::string& key = "") {
 
 class HostVmmDriver final : public VmmDriver {
  public:
-  explicit HostVmmDriver(size_t page_bytes) : page_bytes_(page_bytes) {
+  HostVmmDriver(size_t page_bytes, HostUse use) : page_bytes_(page_bytes), use_(use) {
     fd_ = memfd_create("vattn", MFD_CLOEXEC);
     if (fd_ < 0) throw_errno("memfd_create");
     if (ftruncate(fd_, static_cast<off_t>(FileOffsets::kLimit)) != 0) {
@@ -62,6 +62,7 @@ class HostVmmDriver final : public VmmDriver {
   size_t page_bytes() const noexcept override { return page_bytes_; }
 
   MemoryInfo memory_info() override {
+    if (use_ == HostUse::kRehearsal) return {FileOffsets::kLimit, FileOffsets::kLimit};
     const auto pages = static_cast<size_t>(sysconf(_SC_PHYS_PAGES));
     size_t total = pages * static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const size_t limit = read_number("/sys/fs/cgroup/memory.max");  // 0 for "max"
@@ -139,7 +140,7 @@ class HostVmmDriver final : public VmmDriver {
   }
 
   void populate(uintptr_t base, size_t bytes) noexcept override {
-    if (process_.forked()) return;
+    if (process_.forked() || use_ == HostUse::kRehearsal) return;
     if (madvise(pointer(base), bytes, MADV_POPULATE_WRITE) != 0) {
       log_line(LogLevel::kDebug, "populate skipped call=madvise code=%d base=0x%zx bytes=%zu",
                errno, base, bytes);
@@ -233,6 +234,7 @@ class HostVmmDriver final : public VmmDriver {
   }
 
   const size_t page_bytes_;
+  const HostUse use_;
   const ProcessBound process_;
   int fd_ = -1;
   MappingReserve spare_mappings_;
@@ -244,14 +246,14 @@ class HostVmmDriver final : public VmmDriver {
 
 }  // namespace
 
-std::shared_ptr<VmmDriver> open_host_driver(size_t page_bytes) {
+std::shared_ptr<VmmDriver> open_host_driver(size_t page_bytes, HostUse use) {
   const auto system_page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   if (!is_power_of_two(page_bytes) || page_bytes < system_page) {
     throw std::invalid_argument("page_bytes is " + std::to_string(page_bytes) +
                                 ", expected a power of two of at least the system's page, " +
                                 std::to_string(system_page));
   }
-  return std::make_shared<HostVmmDriver>(page_bytes);
+  return std::make_shared<HostVmmDriver>(page_bytes, use);
 }
 
 }  // namespace vattn

@@ -11,7 +11,14 @@
 
 namespace vattn {
 
+enum class HostUse {
+  kMemory,
+  // Nobody will touch the memory, only lengths are played through: populates nothing, and reports
+  // as much memory as anyone may ask for.
+  kRehearsal,
+};
+
 // `page_bytes`: a power of two, at least the system's page. Throws std::invalid_argument.
-std::shared_ptr<VmmDriver> open_host_driver(size_t page_bytes);
+std::shared_ptr<VmmDriver> open_host_driver(size_t page_bytes, HostUse use = HostUse::kMemory);
 
 }  // namespace vattn

@@ -91,6 +91,20 @@ void growing_rows_do_not_hide_the_pages_ahead_of_others(const Backend& backend) 
   rig.end();
 }
 
+// What admission may count on: a step can be given that much, and not a page more.
+void reclaimable_is_what_a_step_can_be_given_besides_the_free_pages(const Backend& backend) {
+  Rig rig(backend, twenty_pages());
+  start_with_pages_ahead(rig);  // 5 used; 3 used of 10
+  CHECK_EQ(rig.idle_row(3), 2);
+  const CacheStats stats = rig.kv->stats();
+  CHECK_EQ(stats.mapped_bytes, 18 * rig.page);
+  CHECK_EQ(stats.reclaimable_bytes, (7 + 3) * rig.page);
+  check_out_of_pages([&] { rig.step({5 + 13, 3, 0, 0}); }, 13, 12);
+  rig.step({5 + 12, 3, 0, 0});
+  CHECK_EQ(rig.kv->stats().reclaimable_bytes, 0u);
+  rig.end();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -101,6 +115,7 @@ int main(int argc, char** argv) {
            BACKEND_TEST(out_of_pages_counts_what_this_step_leaves_free),
            BACKEND_TEST(pages_ahead_of_the_growing_row_are_not_free),
            BACKEND_TEST(tokens_that_a_row_once_had_are_kept_after_it_shrinks),
-           BACKEND_TEST(growing_rows_do_not_hide_the_pages_ahead_of_others)}),
+           BACKEND_TEST(growing_rows_do_not_hide_the_pages_ahead_of_others),
+           BACKEND_TEST(reclaimable_is_what_a_step_can_be_given_besides_the_free_pages)}),
       argc > 1 ? argv[1] : nullptr);
 }

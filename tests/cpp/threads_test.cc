@@ -208,6 +208,20 @@ void what_alloc_was_told_to_expect_is_mapped_before_the_first_step(const Backend
   rig.end();
 }
 
+void waiting_for_the_background_thread_waits_for_all_its_work(const Backend& backend) {
+  Rig rig(backend, busy());
+  rig.start({1, 1, 1});
+  for (int64_t len = 2; len < 30; ++len) {
+    rig.step({len, len, len, 0, 0, 0});
+    CHECK(rig.kv->wait_background(10'000));
+    const size_t ahead = static_cast<size_t>(len) + busy().lookahead;
+    for (int64_t row = 0; row < 3; ++row) CHECK(rig.mapped(row) >= ahead);
+  }
+  rig.kv->stop_background();
+  CHECK(rig.kv->wait_background(0));
+  rig.end();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -218,6 +232,7 @@ int main(int argc, char** argv) {
            BACKEND_TEST(several_threads_may_stop_the_background_thread),
            BACKEND_TEST(a_cache_can_go_while_the_background_thread_works),
            BACKEND_TEST(the_background_thread_maps_ahead),
+           BACKEND_TEST(waiting_for_the_background_thread_waits_for_all_its_work),
            BACKEND_TEST(what_alloc_was_told_to_expect_is_mapped_before_the_first_step)}),
       argc > 1 ? argv[1] : nullptr);
 }
