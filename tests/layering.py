@@ -31,6 +31,7 @@ RULES = {
     "framework": "a framework is imported by its own integration only",
     "module-import": "importing vattn needs nothing but the standard library",
     "integration-import": "integrations are imported lazily",
+    "program-import": "the library does not know the programs on top of it",
     "bare-except": "except names what it catches",
     "function-lines": f"a function has at most {MAX_FUNCTION_LINES} lines",
 }
@@ -50,6 +51,9 @@ SYSTEM_HEADERS = {"base": {"pthread.h"}, "core": set[str]()}
 FRAMEWORKS = {"transformers", "vllm", "sglang", "accelerate"}
 # Applications on top of the library: they may import what they show.
 APPLICATIONS = {"bench", "demo", "replay"}
+# What only programs import: those, and the others that the command line runs.
+PROGRAMS = APPLICATIONS | {"__main__", "cli", "doctor", "plan"}
+_PROGRAM_MODULES = [["vattn", name] for name in sorted(PROGRAMS)]
 
 _NAMES: list[tuple[str, set[str], re.Pattern[str]]] = [
     # rule, the layers it holds for, what must not be there
@@ -201,6 +205,7 @@ def _check_imports(source: Source, tree: ast.Module) -> Iterator[str]:
     in_integration = part == "integrations" and rest != ["__init__.py"]
     own = rest[0].removesuffix(".py") if in_integration else ""
     is_application = part.removesuffix(".py") in APPLICATIONS
+    is_program = part.removesuffix(".py") in PROGRAMS
     for node, at_import_time in _imports(tree):
         for module in _imported_modules(source, node):
             top = module.split(".")[0]
@@ -209,6 +214,8 @@ def _check_imports(source: Source, tree: ast.Module) -> Iterator[str]:
             is_own = own == top or own.startswith(f"{top}_")
             if top in FRAMEWORKS and not is_own and not is_application:
                 yield source.at(node.lineno, "framework", what)
+            elif not is_program and module.split(".")[:2] in _PROGRAM_MODULES:
+                yield source.at(node.lineno, "program-import", what)
             elif not at_import_time or in_integration or is_application:
                 continue
             elif top not in {"vattn", *sys.stdlib_module_names}:

@@ -64,6 +64,9 @@ PLANTED = [
     ("integration-import", "vattn/a.py", "from vattn.integrations import vllm\n"),
     ("integration-import", "vattn/__init__.py", "from .integrations.vllm import connector\n"),
     ("integration-import", "vattn/tools/a.py", "from ..integrations import vllm\n"),
+    ("program-import", "vattn/a.py", "def f():\n    from vattn import bench\n"),
+    ("program-import", "vattn/integrations/vllm/a.py", "from vattn.replay.trace import read\n"),
+    ("program-import", "vattn/a.py", "from .cli import main\n"),
     ("bare-except", "vattn/a.py", "try:\n    f()\nexcept:\n    pass\n"),
     ("function-lines", "vattn/a.py", LONG_FUNCTION),
     ("function-lines", "vattn/a.py", "async " + LONG_FUNCTION),
@@ -95,6 +98,7 @@ LEGAL = {
         "def __getattr__(name: str) -> object:\n"
         "    import torch\n    from vattn.integrations import vllm\n    return vllm\n"
     ),
+    "vattn/cli.py": "from vattn.errors import E\ndef f():\n    from vattn.bench import step\n",
     "vattn/demo/__init__.py": "import transformers\nimport torch\n",
     "vattn/integrations/transformers.py": "import torch\nimport transformers\n",
     "vattn/integrations/transformers_cache.py": "import transformers\n",

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     -------
     int
         Exit status: what the command returned; 2 for a command that does not exist, bad input, or
-        something that is not installed, after one sentence on stderr.
+        something that is not installed, after one sentence on stderr; 130 if interrupted.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] in (["-V"], ["--version"]):
@@ -77,6 +77,9 @@ def _run(name: str, arguments: list[str]) -> int:
         message = f"it needs {error.name}; install it with: pip install 'vattn[cli]'"
     except (ValueError, OSError, MemoryError, DriverError) as error:
         message = str(error)
+    except KeyboardInterrupt:
+        print(f"vattn {name}: interrupted", file=sys.stderr)
+        return 130
     else:
         return status
     print(f"vattn {name}: {message}", file=sys.stderr)
