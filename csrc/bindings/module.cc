@@ -4,6 +4,7 @@
 
 #include "base/errors.h"
 #include "base/log.h"
+#include "bindings/probe.h"
 #include "bindings/seq_lens.h"
 #include "bindings/tensor.h"
 #include "driver/cuda_driver.h"
@@ -211,6 +212,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_exception_translator(&vattn::translate);
   vattn::define_pool(m);
   vattn::define_cache(m);
+  vattn::define_probe(m);
   m.def(
       "default_host_page_bytes",
       [](const std::string& layout, const std::string& order, size_t item_bytes,

@@ -29,16 +29,20 @@ constexpr Result kErrorInvalidHandle = 400;
 constexpr Result kErrorNotReady = 600;
 constexpr Result kErrorNotSupported = 801;
 
+constexpr int kAttributeIntegrated = 18;
 constexpr int kAttributeVirtualMemoryManagementSupported = 102;
 constexpr int kAttributeHandleTypePosixFdSupported = 103;
 constexpr int kAttributeGpuDirectRdmaWithVmmSupported = 110;
+constexpr int kAttributeHandleTypeFabricSupported = 128;
 
 constexpr int kMemLocationTypeDevice = 1;
 constexpr int kMemAllocationTypePinned = 1;
 constexpr int kMemHandleTypeNone = 0;
 constexpr int kMemHandleTypePosixFd = 1;
+constexpr int kMemHandleTypeFabric = 8;
 constexpr int kMemAccessReadWrite = 3;
 constexpr int kMemGranularityMinimum = 0;
+constexpr int kMemGranularityRecommended = 1;
 constexpr unsigned kEventDisableTiming = 2;
 // Stream 0 is the legacy default stream, whatever the rest of the process was compiled for.
 constexpr uint64_t kProcAddressLegacyStream = 1;

@@ -9,18 +9,6 @@ namespace {
 
 using cuda::Result;
 
-int count_devices(const cuda::Api& api) {
-  const Result result = api.cuInit(0);
-  // With CUDA_VISIBLE_DEVICES="" or without a GPU, cuInit itself says that there is no device.
-  if (result == cuda::kErrorNoDevice) return 0;
-  if (result != cuda::kSuccess) {
-    cuda::throw_error(api, "cuInit", result, "check that nvidia-smi works, or use device=\"cpu\"");
-  }
-  int count = 0;
-  cuda::check(api, "cuDeviceGetCount", api.cuDeviceGetCount(&count));
-  return count;
-}
-
 cuda::Device find_device(const cuda::Api& api, int ordinal) {
   const int count = count_devices(api);
   if (ordinal < 0 || ordinal >= count) {
@@ -44,6 +32,18 @@ std::string describe_device(const cuda::Api& api, cuda::Device device) {
 }
 
 }  // namespace
+
+int count_devices(const cuda::Api& api) {
+  const Result result = api.cuInit(0);
+  // With CUDA_VISIBLE_DEVICES="" or without a GPU, cuInit itself says that there is no device.
+  if (result == cuda::kErrorNoDevice) return 0;
+  if (result != cuda::kSuccess) {
+    cuda::throw_error(api, "cuInit", result, "check that nvidia-smi works, or use device=\"cpu\"");
+  }
+  int count = 0;
+  cuda::check(api, "cuDeviceGetCount", api.cuDeviceGetCount(&count));
+  return count;
+}
 
 CurrentContext::CurrentContext(const cuda::Api& api, cuda::ContextPtr wanted) noexcept : api_(api) {
   cuda::ContextPtr current = nullptr;

@@ -31,6 +31,9 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
+// Starts the driver. 0 also where CUDA_VISIBLE_DEVICES hides all. Throws DriverError.
+int count_devices(const cuda::Api& api);
+
 class CudaDevice {
  public:
   // Throws std::invalid_argument when the device is not there, DriverError when it cannot map.

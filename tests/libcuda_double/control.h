@@ -18,7 +18,8 @@ void vattn_double_check_leaks();
 void vattn_double_reset();
 
 void vattn_double_set_device_count(int count);
-// CUdevice_attribute 102 (virtual memory), 103 (posix_fd), 110 (RDMA with virtual memory).
+// CUdevice_attribute 18 (integrated), 102 (virtual memory), 103 (posix_fd), 110 (RDMA with virtual
+// memory), 128 (fabric).
 void vattn_double_set_attribute(int attribute, int value);
 void vattn_double_set_total_memory(size_t bytes);
 // A driver that refuses (CUDA_ERROR_INVALID_VALUE) one call over several mappings, in turn

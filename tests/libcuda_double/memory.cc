@@ -65,11 +65,15 @@ Result check_prop(Call& call, const MemAllocationProp& prop) {
     return call.breach(kErrorInvalidValue, "prop has fields set that vattn does not use");
   }
   const bool posix_fd = prop.requested_handle_types == kMemHandleTypePosixFd;
-  if (!posix_fd && prop.requested_handle_types != kMemHandleTypeNone) {
+  const bool fabric = prop.requested_handle_types == kMemHandleTypeFabric;
+  if (!posix_fd && !fabric && prop.requested_handle_types != kMemHandleTypeNone) {
     return call.breach(kErrorInvalidValue, "prop requests an unknown handle type");
   }
   if (posix_fd && state.options.attributes.at(kAttributeHandleTypePosixFdSupported) == 0) {
     return call.breach(kErrorNotSupported, "posix_fd requested where the attribute says no");
+  }
+  if (fabric && state.options.attributes.at(kAttributeHandleTypeFabricSupported) == 0) {
+    return call.breach(kErrorNotSupported, "fabric requested where the attribute says no");
   }
   if (prop.flags.gpu_direct_rdma_capable != 0 &&
       state.options.attributes.at(kAttributeGpuDirectRdmaWithVmmSupported) == 0) {
@@ -133,7 +137,7 @@ Result cuMemGetAllocationGranularity(size_t* granularity, const MemAllocationPro
                                      int option) {
   Call call(Needs::kContext, "cuMemGetAllocationGranularity", "option=%d", option);
   if (call.refused() != kSuccess) return call.refused();
-  if (option != kMemGranularityMinimum && option != 1) {
+  if (option != kMemGranularityMinimum && option != kMemGranularityRecommended) {
     return call.breach(kErrorInvalidValue, "unknown option");
   }
   const Result result = check_prop(call, *prop);

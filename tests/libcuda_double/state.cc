@@ -13,9 +13,11 @@ namespace cuda_double {
 using namespace vattn::cuda;
 
 State::State() {
-  options.attributes = {{kAttributeVirtualMemoryManagementSupported, 1},
+  options.attributes = {{kAttributeIntegrated, 0},
+                        {kAttributeVirtualMemoryManagementSupported, 1},
                         {kAttributeHandleTypePosixFdSupported, 1},
-                        {kAttributeGpuDirectRdmaWithVmmSupported, 1}};
+                        {kAttributeGpuDirectRdmaWithVmmSupported, 1},
+                        {kAttributeHandleTypeFabricSupported, 0}};
 }
 
 size_t State::used_memory() const {
