@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vattn.config import LayerGroup
 
@@ -23,6 +23,9 @@ class ModelShape:
         As in :class:`vattn.CacheConfig`.
     max_seq_len : int
         The longest sequence that the model takes.
+    windows : tuple of (int or None)
+        Per layer, how many of the last tokens its attention sees; None: all of them. Empty: all
+        layers see all.
 
     Examples
     --------
@@ -36,6 +39,7 @@ class ModelShape:
     num_query_heads: int
     layer_groups: tuple[LayerGroup, ...]
     max_seq_len: int
+    windows: tuple[int | None, ...] = ()
 
     def token_bytes(self, item_bytes: int) -> int:
         """Bytes of K and V of all layers of one token."""
@@ -44,6 +48,55 @@ class ModelShape:
             layers, heads, k_dim, v_dim = group.shape()
             elements += len(layers) * heads * (k_dim + v_dim)
         return elements * item_bytes
+
+    def layer_token_bytes(self, item_bytes: int) -> list[int]:
+        """Bytes of K and V of one token, layer by layer."""
+        by_layer = [0] * self.num_layers
+        for group in self.layer_groups:
+            layers, heads, k_dim, v_dim = group.shape()
+            for layer in layers:
+                by_layer[layer] = heads * (k_dim + v_dim) * item_bytes
+        return by_layer
+
+    def split(self, devices: int) -> ModelShape:
+        """Return what one of ``devices`` tensor-parallel devices holds of this shape.
+
+        KV heads are divided; where there are fewer of them than devices, each device has a copy of
+        one, as in serving engines. A latent stripe (MLA) is one head: all have it.
+
+        Raises
+        ------
+        ValueError
+            Heads that cannot be divided evenly.
+
+        Examples
+        --------
+        >>> MODELS["llama-3-8b"].split(16).layer_groups[0].num_kv_heads
+        1
+        """
+        if devices < 1:
+            raise ValueError(f"tensor parallelism over {devices} devices, expected at least 1")
+        if self.num_query_heads % devices:
+            raise ValueError(
+                f"{self.name} has {self.num_query_heads} query heads, which {devices} devices "
+                "cannot divide evenly; choose a divisor"
+            )
+        return replace(
+            self,
+            name=self.name if devices == 1 else f"{self.name} TP{devices}",
+            num_query_heads=self.num_query_heads // devices,
+            layer_groups=tuple(_divide(group, devices) for group in self.layer_groups),
+        )
+
+
+def _divide(group: LayerGroup, devices: int) -> LayerGroup:
+    heads = group.num_kv_heads
+    if heads % devices and devices % heads:
+        raise ValueError(
+            f"{heads} KV heads cannot be divided over {devices} devices, nor copied evenly; "
+            "choose a divisor or a multiple of the heads"
+        )
+    return replace(group, num_kv_heads=max(heads // devices, 1))
 
 
 def uniform(
