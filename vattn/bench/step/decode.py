@@ -25,6 +25,7 @@ from vattn.bench.common import (
 
 ROWS = 32
 LOOKAHEADS = (0, 16)
+PERIOD_S, SECONDS = 0.003, 6.0
 # One thread of multiplications on one core, as a model's forward pass would be.
 CONSUMER = """
 import os, sys
@@ -96,7 +97,7 @@ def _busy_wait(seconds: float) -> None:
 
 
 def _replay(
-    device: str, steps: int, step_seconds: float, wait: Callable[[float], None], what: str
+    device: str, steps: int, period_s: float, wait: Callable[[float], None], what: str
 ) -> dict[int, Run]:
     """Step one cache for each lookahead in every iteration, so that they share each disturbance."""
     caches = {lookahead: _cache(device, steps, lookahead) for lookahead in LOOKAHEADS}
@@ -123,7 +124,7 @@ def _replay(
             calls = cache.stats().calls("step") - before
             run.calls += calls
             run.with_calls += calls > 0
-        wait(step_seconds)
+        wait(period_s)
     for lookahead, cache in caches.items():
         runs[lookahead].background_calls = cache.stats().calls("background")
         cache.check()
@@ -133,22 +134,26 @@ def _replay(
     return runs
 
 
-def measure(device: str, quick: bool) -> tuple[list[Measurement], list[Target]]:
+def measure(
+    device: str, quick: bool, period_s: float = PERIOD_S
+) -> tuple[list[Measurement], list[Target]]:
     """Replay decoding while another process keeps one core busy.
 
     Expected: without lookahead 40% of the steps map, as 1 of 64 tokens of each of 32 rows starts a
     page. With 16 tokens of lookahead the background thread has 16 steps' time for each page.
     """
-    steps, step_seconds = (80, 0.001) if quick else (2000, 0.003)
+    # Of the same length at any pace.
+    steps = 80 if quick else max(300, min(2000, int(SECONDS / period_s)))
+    pace = f"{period_s * 1e3:g} ms a step"
     waits = {
-        "waits": (time.sleep, "the loop sleeps 3 ms a step, as one that waits for a device"),
-        "computes": (_busy_wait, "the loop computes 3 ms a step itself: no core is left over"),
+        "waits": (time.sleep, f"the loop sleeps {pace}, as one that waits for a device"),
+        "computes": (_busy_wait, f"the loop computes {pace} itself: no core is left over"),
     }
     measurements: list[Measurement] = []
     targets: list[Target] = []
     with busy_core():
         for name, (wait, what) in waits.items():
-            runs = _replay(device, steps, step_seconds, wait, f"decoding, loop {name}")
+            runs = _replay(device, steps, period_s, wait, f"decoding, loop {name}")
             for lookahead, run in runs.items():
                 calls = {
                     "steps that called the driver": run.with_calls,

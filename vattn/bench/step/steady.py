@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from vattn.bench.common import (
     progress,
     time_calls,
 )
+from vattn.bench.step.timed import wait_until_quiet
 
 ROWS = 256
 TOKENS = 200  # less than a page holds on any device
@@ -39,26 +39,24 @@ def _arguments() -> dict[str, list[Any]]:
     }
 
 
-def _mapped_cache(device: str) -> vattn.KVCache:
-    """A cache of 256 active rows with everything mapped."""
+def mapped_cache(device: str, rows: int = ROWS) -> vattn.KVCache:
+    """Make a cache of active rows, each with memory for ``TOKENS`` tokens and the lookahead."""
+    row_bytes = 4 * 2**20 if device.startswith("cuda") else 2**19  # more than a row maps
     config = vattn.CacheConfig(
         num_layers=1,
         num_kv_heads=1,
         head_dim=64,
         dtype="float32",
-        max_batch_size=ROWS,
+        max_batch_size=rows,
         max_seq_len=4096,
         device=device,
-        memory="1GiB" if device.startswith("cuda") else "128MiB",
+        memory=rows * row_bytes,
     )
     cache = vattn.init(config)
-    for _ in range(ROWS):
+    for _ in range(rows):
         cache.alloc(seq_len=TOKENS)
-    cache.step([TOKENS] * ROWS)
-    calls = -1
-    while calls != cache.stats().calls("background"):
-        calls = cache.stats().calls("background")
-        time.sleep(0.05)
+    cache.step([TOKENS] * rows)
+    wait_until_quiet(cache)
     return cache
 
 
@@ -71,7 +69,7 @@ def measure_python(device: str, quick: bool) -> tuple[list[Measurement], list[Ta
         "empty_call": (_C.set_log_level, [1], "Python: an empty pybind11 call"),
         "copyto": (partial(np.copyto, two_kib), arguments["int64"], "Python: np.copyto of 2 KiB"),
     }
-    with _mapped_cache(device) as cache:
+    with mapped_cache(device) as cache:
         for form, batches in arguments.items():
             functions[form] = (cache.step, batches, f"Python: step({form}), 256 rows, all mapped")
         samples: dict[str, list[int]] = {name: [] for name in functions}
