@@ -7,6 +7,8 @@ import mmap
 import os
 from typing import Any, Protocol
 
+import numpy as np
+
 _FIXED, _NORESERVE = 0x10, 0x4000  # MAP_* that Python's mmap module does not name
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # FALLOC_FL_*
 _POPULATE_WRITE = 23  # MADV_*
@@ -26,12 +28,27 @@ class RawVmm(Protocol):
     def release(self, handle: Any, size: int) -> None: ...
     def free(self, address: int, size: int) -> None: ...
 
+    # What is no call of the same kind, but is needed to measure those.
+
+    def attach(self) -> None:
+        """Let the calling thread make the others."""
+
+    def floor(self) -> None:
+        """Make a call of the driver, or the system, that does next to nothing."""
+
+    def populate(self, address: int, size: int) -> None:
+        """Fault in what is mapped; CUDA has no such call, its handles have all their memory."""
+
+    def touch(self, address: int, size: int) -> None:
+        """Write to every page, and wait until it is done."""
+
 
 class HostVmm:
     """memfd and mmap. A handle is an offset in the file: creating one is no system call."""
 
     page_bytes = 64 * 1024
     has_access = False
+    file_name = "raw_vmm"  # what its mappings are called in /proc/self/maps
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -46,7 +63,8 @@ class HostVmm:
         self._madvise.argtypes = [ctypes.c_void_p, size_t, number]
         self._fallocate = libc.fallocate
         self._fallocate.argtypes = [number, number, off_t, off_t]
-        self._file = os.memfd_create("raw_vmm")
+        self._getpid = libc.getpid
+        self._file = os.memfd_create(self.file_name)
         os.ftruncate(self._file, 2**50)
         self._next_offset = 0
 
@@ -69,7 +87,8 @@ class HostVmm:
         return self._map(None, size, mmap.PROT_READ, flags)
 
     def create(self, size: int) -> int:
-        self._next_offset += size
+        # A gap behind each: the kernel would make one mapping of neighbours.
+        self._next_offset += size + self.page_bytes
         return self._next_offset - size
 
     def map(self, address: int, size: int, handle: int) -> None:
@@ -94,6 +113,16 @@ class HostVmm:
     def free(self, address: int, size: int) -> None:
         self._check(self._munmap(address, size), "munmap")
 
+    def attach(self) -> None:
+        """Any thread may."""
+
+    def floor(self) -> None:
+        self._getpid()
+
+    def touch(self, address: int, size: int) -> None:
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        np.ctypeslib.as_array(memory)[:: mmap.PAGESIZE] = 1
+
 
 class CudaVmm:
     """``cuda.bindings.driver``. Raises ImportError where cuda-python is not installed."""
@@ -107,9 +136,8 @@ class CudaVmm:
         self._call(driver.cuInit(0))
         self._device = self._call(driver.cuDeviceGet(ordinal))
         # The context that torch and vattn use.
-        self._call(
-            driver.cuCtxSetCurrent(self._call(driver.cuDevicePrimaryCtxRetain(self._device)))
-        )
+        self._context = self._call(driver.cuDevicePrimaryCtxRetain(self._device))
+        self.attach()
         kind = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._prop = driver.CUmemAllocationProp()
         self._prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -147,3 +175,16 @@ class CudaVmm:
 
     def free(self, address: int, size: int) -> None:
         self._call(self._driver.cuMemAddressFree(address, size))
+
+    def attach(self) -> None:
+        self._call(self._driver.cuCtxSetCurrent(self._context))
+
+    def floor(self) -> None:
+        self._call(self._driver.cuDriverGetVersion())
+
+    def populate(self, address: int, size: int) -> None:
+        raise NotImplementedError("cuMemCreate hands out physical memory")
+
+    def touch(self, address: int, size: int) -> None:
+        self._call(self._driver.cuMemsetD8(address, 1, size))
+        self._call(self._driver.cuCtxSynchronize())
