@@ -117,7 +117,9 @@ class KVCache:
         Parameters
         ----------
         seq_len : int
-            Tokens expected in the first ``step``, 0 if not known.
+            Tokens expected in the first ``step``, 0 if not known. Given, and called before the step
+            that needs it, they are mapped ahead of it, and an adopted row loses extents that are
+            too large for them, which otherwise nobody else could have.
         stream : torch.cuda.Stream or int, optional
             Stream that the request's work will be submitted to; torch's current one by default. Its
             work from now on comes after the work that was using the row's memory before.

@@ -103,7 +103,7 @@ BatchIdx KvCache::alloc(int64_t seq_len, Stream stream) {
   used_tokens_[*chosen] = 0;
   row.hint_tokens = static_cast<size_t>(seq_len);
   refresh(*chosen);
-  if (next_prefetch()) background_->wake();
+  if (next_prefetch() || fits_badly(*chosen)) background_->wake();
   return static_cast<BatchIdx>(*chosen);
 }
 

@@ -113,6 +113,9 @@ class KvCache {
   size_t retire_ready();
 
   BackgroundThread::Next background_work() noexcept;
+  bool fits_badly(size_t row) const;
+  bool refit_adopted_row();
+  bool reclaim_idle(size_t n_pages);
   void pause_prefetch(uint64_t failures);
   std::optional<Growth> next_prefetch() const;
   std::optional<Growth> prefetch_of(size_t row) const;

@@ -67,6 +67,7 @@ size_t KvCache::reclaim(size_t n_pages, const int64_t* seq_lens) {
   for (const size_t row : idle) {
     if (got < n_pages && fence_passed(row)) got += unmap_beyond(row, 0);
   }
+  if (got >= n_pages) return got;
   // Then what lies beyond the tokens of active rows: no request has touched it, unless it is left
   // over from the request that had the row before and is still on the device.
   for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
@@ -94,6 +95,38 @@ size_t KvCache::retire_ready() {
     any = true;
   }
   return any ? pool_->trim() : 0;
+}
+
+// A row that was adopted for fewer tokens than one of its extents holds. Once it has tokens, what
+// that extent has too much is lost to all others until the request ends.
+bool KvCache::fits_badly(size_t row) const {
+  const size_t hint = row_[row].hint_tokens;
+  return lookahead_ != 0 && row_[row].state == RowState::kActive && used_tokens_[row] == 0 &&
+         hint < mapped_tokens_[row] && rows_.tokens_in_fitting_extents(row, hint) < hint;
+}
+
+// Takes extents that are too large out of a row while nothing is in it; smaller ones follow by
+// prefetch. True: did so, look again.
+bool KvCache::refit_adopted_row() {
+  for (size_t row = 0; row < n_rows_; ++row) {
+    if (!fits_badly(row) || !fence_passed(row)) continue;
+    if (unmap_beyond(row, rows_.tokens_in_fitting_extents(row, row_[row].hint_tokens)) > 0) {
+      prefetch_paused_ = false;  // pages have come back
+      return true;
+    }
+  }
+  return false;
+}
+
+// n_pages of the oldest idle row that the device is done with, or what it has. False: there is
+// none.
+bool KvCache::reclaim_idle(size_t n_pages) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) return false;
+  for (const size_t row : idle_rows_oldest_first()) {
+    if (fence_passed(row) && unmap_beyond(row, rows_.tokens_without(row, n_pages)) > 0) return true;
+  }
+  return false;
 }
 
 // First what alloc() was told to expect, like a step() would map it; then the lookahead, which may
@@ -137,6 +170,7 @@ BackgroundThread::Next KvCache::background_work() noexcept {
     std::unique_lock<std::mutex> lock(mutex_);
     if (closed_) return Next::kSleep;
     retire_ready();
+    if (refit_adopted_row()) return Next::kAgain;
     if (const auto growth = next_prefetch()) {
       const RowMemory::Need need = rows_.next_run(*growth);
       // Creating is the slow part and needs no lock on the rows; look again afterwards.
@@ -154,13 +188,14 @@ BackgroundThread::Next KvCache::background_work() noexcept {
       return Next::kAgain;
     }
     if (pool_->rebalance()) return Next::kAgain;
-    for (const Row& row : row_) {
-      if (row.state == RowState::kRetiring) return Next::kSoon;
+    for (size_t row = 0; row < n_rows_; ++row) {
+      if (row_[row].state == RowState::kRetiring || fits_badly(row)) return Next::kSoon;
     }
     return Next::kSleep;
-  } catch (const OutOfPages&) {
-    // No spare pages is no failure: step() reclaims, or says so. There may be other work.
-    pause_prefetch(/*failures=*/0);
+  } catch (const OutOfPages& error) {
+    // Idle rows are the least loss. That there are none is no failure: step() reclaims, or says so.
+    const size_t short_by = error.needed() > error.free() ? error.needed() - error.free() : 1;
+    if (!reclaim_idle(short_by)) pause_prefetch(/*failures=*/0);
     return Next::kAgain;
   } catch (const std::exception& error) {
     log_line(LogLevel::kWarning, "prefetch failed: %s", error.what());

@@ -31,12 +31,14 @@ uintptr_t RowMemory::address(size_t row, size_t region, size_t page) const {
   return base_ + r.offset + row * r.row_stride + page * pool_->page_bytes();
 }
 
+size_t RowMemory::tokens_in(size_t region, size_t pages) const {
+  return pages * pool_->page_bytes() / layout_.regions[region].token_bytes;
+}
+
 size_t RowMemory::mapped_tokens(size_t row) const {
   size_t tokens = SIZE_MAX;
-  for (size_t g = 0; g < n_regions_; ++g) {
-    const size_t bytes = state(row, g).pages * pool_->page_bytes();
-    tokens = std::min(tokens, bytes / layout_.regions[g].token_bytes);
-  }
+  for (size_t g = 0; g < n_regions_; ++g)
+    tokens = std::min(tokens, tokens_in(g, state(row, g).pages));
   return tokens;
 }
 
@@ -64,6 +66,30 @@ size_t RowMemory::pages_beyond(size_t row, size_t tokens) const {
   size_t pages = 0;
   for (size_t g = 0; g < n_regions_; ++g) pages += state(row, g).pages - cut(row, g, tokens).second;
   return pages;
+}
+
+size_t RowMemory::tokens_in_fitting_extents(size_t row, size_t tokens) const {
+  size_t fitting = tokens;
+  for (size_t g = 0; g < n_regions_; ++g) {
+    const auto [index, end] = cut(row, g, tokens);
+    if (end <= pages_for(g, tokens)) continue;
+    const size_t start = end - pool_->pages(state(row, g).extents[index - 1]);
+    fitting = std::min(fitting, tokens_in(g, start));
+  }
+  return fitting;
+}
+
+size_t RowMemory::tokens_without(size_t row, size_t n_pages) const {
+  size_t tokens = SIZE_MAX;
+  for (size_t g = 0; g < n_regions_; ++g) {
+    const RegionState& s = state(row, g);
+    size_t index = s.extents.size(), page = s.pages;
+    while (index > 0 && s.pages - page < ceil_div(n_pages, n_regions_)) {
+      page -= pool_->pages(s.extents[--index]);
+    }
+    tokens = std::min(tokens, tokens_in(g, page));
+  }
+  return tokens;
 }
 
 size_t RowMemory::pages_to_grow(size_t row, size_t tokens) const {

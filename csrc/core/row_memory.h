@@ -38,6 +38,12 @@ class RowMemory {
   size_t mapped_pages(size_t row) const;
   // Pages of all regions that lie wholly beyond `tokens`: what shrink() takes out.
   size_t pages_beyond(size_t row, size_t tokens) const;
+  // `tokens`, or fewer where an extent reaches further than they need: so many that shrink() to
+  // them takes it out. With `tokens` in it, what it has too much could not be given to anyone.
+  size_t tokens_in_fitting_extents(size_t row, size_t tokens) const;
+  // The most tokens that are left when n_pages or more are taken out at the end; 0 if there are not
+  // so many.
+  size_t tokens_without(size_t row, size_t n_pages) const;
   // Pages that grow() would have to take.
   size_t pages_to_grow(size_t row, size_t tokens) const;
 
@@ -87,6 +93,7 @@ class RowMemory {
     return states_[row * n_regions_ + region];
   }
   size_t pages_for(size_t region, size_t tokens) const;
+  size_t tokens_in(size_t region, size_t pages) const;
   uintptr_t address(size_t row, size_t region, size_t page) const;
   // First extent of the region that lies wholly beyond `tokens`, and the page it starts at.
   std::pair<size_t, size_t> cut(size_t row, size_t region, size_t tokens) const;
