@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_suite
-from benchmarks.gpu_suite import Part
 from benchmarks.hf_generate import batching, generate, turns, update
 from benchmarks.hf_generate.turns import ChildFailed, in_child, there_and_back
 
@@ -196,9 +194,3 @@ def test_a_child_that_fails_says_how(child: Callable[[], Iterator[int]], message
 def test_a_child_that_hangs_is_ended() -> None:
     with pytest.raises(ChildFailed, match="nothing came for 1 s"):
         next(in_child(hang, limit_s=1))
-
-
-def test_the_suite_skips_a_part_whose_module_is_missing(tmp_path: Path) -> None:
-    part = Part("p", 20, ("-c", ""), needs_gpu=False, needs_module="no_such_module")
-    (outcome,) = gpu_suite.run_all([part], time.monotonic() + 20, tmp_path / "log", None)
-    assert (outcome.status, outcome.failed) == ("skipped: no no_such_module", False)
