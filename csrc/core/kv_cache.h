@@ -115,7 +115,8 @@ class KvCache {
   BackgroundThread::Next background_work() noexcept;
   bool fits_badly(size_t row) const;
   bool refit_adopted_row();
-  bool reclaim_idle(size_t n_pages);
+  size_t tokens_to_prefetch(size_t row) const;
+  bool reclaim_spare(size_t n_pages);
   void pause_prefetch(uint64_t failures);
   std::optional<Growth> next_prefetch() const;
   std::optional<Growth> prefetch_of(size_t row) const;

@@ -118,13 +118,26 @@ bool KvCache::refit_adopted_row() {
   return false;
 }
 
-// n_pages of the oldest idle row that the device is done with, or what it has. False: there is
-// none.
-bool KvCache::reclaim_idle(size_t n_pages) {
+// Tokens that the background thread would map for a row, were it empty.
+size_t KvCache::tokens_to_prefetch(size_t row) const {
+  if (row_[row].state != RowState::kActive) return 0;
+  const auto ahead = static_cast<size_t>(std::max(used_tokens_[row], seq_lens_[row])) + lookahead_;
+  return std::min(std::max(ahead, row_[row].hint_tokens), max_seq_len_);
+}
+
+// n_pages, or what there is, of one row that has more than prefetch would give it: idle rows first,
+// the oldest before the others. False: there is none that the device is done with.
+bool KvCache::reclaim_spare(size_t n_pages) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) return false;
-  for (const size_t row : idle_rows_oldest_first()) {
-    if (fence_passed(row) && unmap_beyond(row, rows_.tokens_without(row, n_pages)) > 0) return true;
+  std::vector<size_t> rows = idle_rows_oldest_first();
+  for (size_t row = 0; row < n_rows_; ++row) {
+    if (row_[row].state == RowState::kActive) rows.push_back(row);
+  }
+  for (const size_t row : rows) {
+    const size_t keep = std::max(tokens_to_prefetch(row), rows_.tokens_without(row, n_pages));
+    if (rows_.pages_beyond(row, keep) == 0 || !fence_passed(row)) continue;
+    if (unmap_beyond(row, keep) > 0) return true;
   }
   return false;
 }
@@ -193,9 +206,9 @@ BackgroundThread::Next KvCache::background_work() noexcept {
     }
     return Next::kSleep;
   } catch (const OutOfPages& error) {
-    // Idle rows are the least loss. That there are none is no failure: step() reclaims, or says so.
+    // That nobody has spare pages is no failure: step() reclaims, or says so.
     const size_t short_by = error.needed() > error.free() ? error.needed() - error.free() : 1;
-    if (!reclaim_idle(short_by)) pause_prefetch(/*failures=*/0);
+    if (!reclaim_spare(short_by)) pause_prefetch(/*failures=*/0);
     return Next::kAgain;
   } catch (const std::exception& error) {
     log_line(LogLevel::kWarning, "prefetch failed: %s", error.what());

@@ -1,5 +1,5 @@
 // What the background thread gives and takes before step() has to: it makes adopted rows fit, and
-// finds pages for its work in idle rows.
+// finds pages for its work in rows that have some to spare.
 #include "base/errors.h"
 #include "cache_rig.h"
 #include "double_control.h"
@@ -90,6 +90,33 @@ void prefetch_takes_pages_of_the_oldest_idle_row_and_no_more_than_it_needs(const
   rig.end();
 }
 
+// What a row has left over from the request before it, not what it is about to need.
+void prefetch_takes_pages_far_ahead_of_active_rows(const Backend& backend) {
+  RigOptions options;
+  options.budget_pages = 12;
+  options.lookahead = 2;
+  Rig rig(backend, options);
+  CHECK_EQ(rig.idle_row(8), 0);
+  CHECK_EQ(rig.alloc(4), 0);
+  CHECK_EQ(rig.alloc(1), 1);
+  rig.step({1, 1, 0, 0});
+  CHECK(rig.kv->wait_background(kSoon));
+  const uint64_t grown = rig.kv->stats().steps_with_growth;
+  for (int64_t tokens = 2; tokens <= 6; ++tokens) {
+    rig.step({1, tokens, 0, 0});
+    CHECK(rig.kv->wait_background(kSoon));
+    CHECK_EQ(rig.mapped(1), static_cast<size_t>(tokens) + 2);
+  }
+  CHECK_EQ(rig.kv->stats().steps_with_growth, grown);
+  CHECK_EQ(rig.mapped(0), 4u);  // what alloc() was told to expect
+  rig.step({1, 7, 0, 0});
+  CHECK(rig.kv->wait_background(kSoon));
+  CHECK_EQ(rig.mapped(0), 4u);
+  CHECK_EQ(rig.mapped(1), 8u);
+  rig.kv->check();
+  rig.end();
+}
+
 void prefetch_takes_from_every_region_of_an_idle_row(const Backend& backend) {
   RigOptions options;
   options.kind = LayoutKind::kPerLayer;
@@ -151,6 +178,7 @@ int main(int argc, char** argv) {
        BACKEND_TEST(it_fits_also_when_the_large_extent_was_the_whole_budget),
        BACKEND_TEST(a_row_whose_extents_fit_is_adopted_without_a_call),
        BACKEND_TEST(prefetch_takes_pages_of_the_oldest_idle_row_and_no_more_than_it_needs),
+       BACKEND_TEST(prefetch_takes_pages_far_ahead_of_active_rows),
        BACKEND_TEST(prefetch_takes_from_every_region_of_an_idle_row)});
   for (const Test& test : over_cuda({BACKEND_TEST(rows_that_the_device_still_uses_are_left_alone),
                                      BACKEND_TEST(a_row_that_has_tokens_keeps_its_extents)})) {
