@@ -32,13 +32,13 @@ CPP_FILES = $(shell find $(CPP_DIRS) -name '*.h' -o -name '*.cc')
 help:
 	@echo 'make test        everything that must pass: lint, C++ tests under sanitizers, Python tests'
 	@echo 'make demo        generate text with a vattn cache and draw what its memory did'
-	@echo 'make bench       what one step() costs'
+	@echo 'make bench       what one step() costs; vattn bench, doctor, plan and replay are in .venv/bin'
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
 	@echo 'make test-cpp    C++ tests under ASan+UBSan, then under TSan'
 	@echo 'make test-py     Python tests'
 	@echo 'make test-newest the integrations with the newest transformers there is'
-	@echo 'make dist-check  build the sdist, the wheel from it, and import that without torch'
+	@echo 'make dist-check  build the sdist, the wheel from it, and run that without torch'
 	@echo 'make setup       the environment and the extension only'
 	@echo 'make clean       remove build products; make distclean also removes $(VENV)'
 
@@ -131,6 +131,9 @@ dist-check: $(VENV)/.tools
 	@build/dist-venv/bin/python -m pip --disable-pip-version-check install --no-index build/dist/*.whl
 	@cd build && dist-venv/bin/python -W error -c \
 	  'import vattn, vattn._C; print("vattn", vattn.__version__, "from", vattn._C.__file__)'
+	$(call say,'Its commands that need nothing else')
+	@cd build && dist-venv/bin/vattn doctor
+	@cd build && dist-venv/bin/vattn plan --model llama-3-8b --memory 8GiB --mean-tokens 1000
 
 # Uses.
 

@@ -160,6 +160,16 @@ def _torch_facts() -> dict[str, Any]:
     return facts
 
 
+def portable_command(words: Sequence[str]) -> str:
+    """Write a command as anyone can repeat it: without the folders of this machine.
+
+    >>> portable_command(["python", "/home/me/.venv/bin/vattn", "replay", "/data/a.csv"])
+    'vattn replay a.csv'
+    """
+    short = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    return shlex.join(short[1:] if short[1:2] == ["vattn"] else short)
+
+
 def environment(commit_name: str | None = None) -> dict[str, Any]:
     """Return everything a reader needs to judge, or to repeat, a figure."""
     cpu = _first_line("/proc/cpuinfo", "model name") or platform.processor()
@@ -167,7 +177,7 @@ def environment(commit_name: str | None = None) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_name or commit(),
         "vattn": vattn.__version__,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": portable_command(["python", *sys.orig_argv[1:]]),
         "cpu": cpu.partition(":")[2].strip() or cpu,
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
