@@ -303,7 +303,10 @@ class KVCache:
         return self._core.closed
 
     def stats(self) -> CacheStats:
-        """Bytes, rows and driver calls at this moment. Cheap enough for every iteration."""
+        """Bytes, rows and driver calls at this moment.
+
+        Takes tens of microseconds, 150 for 256 rows of 64 regions: at most once in an iteration.
+        """
         calls = {
             origin: {
                 name: CallStats(**{**entry, "histogram": tuple(entry["histogram"])})
