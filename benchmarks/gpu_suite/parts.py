@@ -156,7 +156,7 @@ def _measurements(small: tuple[str, ...]) -> list[Part]:
     return [
         Part("attention_gpu", 75, 135, attention, measures=True),
         Part("vmm_latency_gpu", 50, 120, (*vmm, *gpu), measures=True),
-        Part("step_latency_gpu", 35, 90, step, measures=True),
+        Part("step_latency_gpu", 35, 150, step, measures=True),
         Part("replay_gpu", 20, 60, replay, measures=True),
         _sanitizer(),
         Part("vmm_latency_host", 15, 60, (*vmm, *cpu), needs_gpu=False, measures=True),
