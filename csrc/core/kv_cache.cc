@@ -217,6 +217,7 @@ void KvCache::grow_rows(const int64_t* seq_lens) {
   if (needed > available) {
     const size_t reclaimable = reclaimable_pages(seq_lens);
     if (needed > available + reclaimable) {
+      if (refit_first_steps(seq_lens)) return grow_rows(seq_lens);
       throw OutOfPages(needed, available + reclaimable, "free a request or raise memory");
     }
     reclaim(needed - available, seq_lens);

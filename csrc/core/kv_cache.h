@@ -54,7 +54,8 @@ class KvCache {
   void free(int64_t row, Stream stream);
 
   // Backs every row with memory for seq_lens[row] tokens. All or nothing: throws OutOfPages,
-  // std::invalid_argument, DriverError; then no active row has changed. May wait for the device
+  // std::invalid_argument, DriverError; then no active row has changed, but for one without tokens,
+  // which may have lost memory that was mapped ahead. May wait for the device
   // when memory is short: for work that uses rows freed before.
   void step(const int64_t* seq_lens, size_t n);
   // The same for some rows; the others keep their length.
@@ -115,6 +116,7 @@ class KvCache {
   BackgroundThread::Next background_work() noexcept;
   bool fits_badly(size_t row) const;
   bool refit_adopted_row();
+  bool refit_first_steps(const int64_t* seq_lens);
   size_t tokens_to_prefetch(size_t row) const;
   bool reclaim_spare(size_t n_pages);
   void pause_prefetch(uint64_t failures);

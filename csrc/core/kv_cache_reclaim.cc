@@ -102,7 +102,19 @@ size_t KvCache::retire_ready() {
 bool KvCache::fits_badly(size_t row) const {
   const size_t hint = row_[row].hint_tokens;
   return lookahead_ != 0 && row_[row].state == RowState::kActive && used_tokens_[row] == 0 &&
-         hint < mapped_tokens_[row] && rows_.tokens_in_fitting_extents(row, hint) < hint;
+         rows_.tokens_in_fitting_extents(row, hint) < hint;
+}
+
+// The same in step(), for rows that get their first tokens now. True: some page has come back.
+bool KvCache::refit_first_steps(const int64_t* seq_lens) {
+  size_t pages = 0;
+  for (size_t row = 0; row < n_rows_; ++row) {
+    const auto tokens = static_cast<size_t>(seq_lens[row]);
+    if (tokens == 0 || used_tokens_[row] != 0 || !fence_passed(row)) continue;
+    const size_t fitting = rows_.tokens_in_fitting_extents(row, tokens);
+    if (fitting < tokens) pages += unmap_beyond(row, fitting);
+  }
+  return pages > 0;
 }
 
 // Takes extents that are too large out of a row while nothing is in it; smaller ones follow by

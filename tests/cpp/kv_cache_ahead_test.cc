@@ -49,6 +49,54 @@ void it_fits_also_when_the_large_extent_was_the_whole_budget(const Backend& back
   rig.end();
 }
 
+// The prefetch of a longer request was cut short: only some regions have its large extents.
+void a_row_that_is_mapped_in_part_is_made_to_fit(const Backend& backend) {
+  RigOptions options = extents_of_16_pages(20);
+  options.kind = LayoutKind::kPerLayer;
+  options.layers = 2;  // 4 regions: 5 tokens, or 8 in two of them
+  Rig rig(backend, options);
+  CHECK_EQ(rig.alloc(8), 0);
+  CHECK(rig.kv->wait_background(kSoon));
+  CHECK_EQ(rig.pages_mapped(), 16u);
+  rig.free(0);
+  CHECK_EQ(rig.alloc(5), 0);
+  CHECK(rig.kv->wait_background(kSoon));
+  CHECK_EQ(rig.mapped(0), 5u);
+  rig.step({5, 0, 0, 0});
+  CHECK_EQ(rig.kv->stats().steps_with_growth, 0u);
+  rig.kv->check();
+  rig.end();
+}
+
+void a_first_step_that_is_short_makes_its_row_fit(const Backend& backend) {
+  RigOptions options = extents_of_16_pages(20);
+  options.lookahead = 0;  // nobody else does
+  Rig rig(backend, options);
+  CHECK_EQ(rig.idle_row(16), 0);
+  CHECK_EQ(rig.alloc(3), 0);
+  CHECK_EQ(rig.alloc(0), 1);
+  rig.step({3, 17, 0, 0});
+  CHECK_EQ(rig.mapped(0), 3u);
+  CHECK_EQ(rig.mapped(1), 17u);
+  check_out_of_pages([&] { rig.step({4, 17, 0, 0}); }, 1, 0);
+  rig.kv->check();
+  rig.end();
+}
+
+void a_short_step_leaves_rows_with_tokens_as_they_are(const Backend& backend) {
+  RigOptions options = extents_of_16_pages(20);
+  options.lookahead = 0;
+  Rig rig(backend, options);
+  CHECK_EQ(rig.idle_row(16), 0);
+  CHECK_EQ(rig.alloc(3), 0);
+  rig.step({3, 0, 0, 0});
+  CHECK_EQ(rig.alloc(0), 1);
+  check_out_of_pages([&] { rig.step({3, 10, 0, 0}); }, 10, 4);
+  CHECK_EQ(rig.mapped(0), 16u);
+  rig.kv->check();
+  rig.end();
+}
+
 void a_row_whose_extents_fit_is_adopted_without_a_call(const Backend& backend) {
   Rig rig(backend, extents_of_16_pages(32));
   CHECK_EQ(rig.idle_row(24), 0);  // 16 and 8
@@ -176,6 +224,9 @@ int main(int argc, char** argv) {
   std::vector<Test> tests = over_all_backends(
       {BACKEND_TEST(an_adopted_row_loses_extents_that_are_too_large_for_it),
        BACKEND_TEST(it_fits_also_when_the_large_extent_was_the_whole_budget),
+       BACKEND_TEST(a_row_that_is_mapped_in_part_is_made_to_fit),
+       BACKEND_TEST(a_first_step_that_is_short_makes_its_row_fit),
+       BACKEND_TEST(a_short_step_leaves_rows_with_tokens_as_they_are),
        BACKEND_TEST(a_row_whose_extents_fit_is_adopted_without_a_call),
        BACKEND_TEST(prefetch_takes_pages_of_the_oldest_idle_row_and_no_more_than_it_needs),
        BACKEND_TEST(prefetch_takes_pages_far_ahead_of_active_rows),
