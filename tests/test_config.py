@@ -37,6 +37,12 @@ def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_bytes(text) == size
 
 
+BY_GROUPS = {
+    "num_kv_heads": None,
+    "head_dim": None,
+    "layer_groups": [vattn.LayerGroup(layers=[0, 1], num_kv_heads=1, head_dim=8)],
+}
+
 BAD_OPTIONS = [
     ({"num_layers": 0}, ValueError, "num_layers is 0, expected at least 1"),
     ({"num_kv_heads": 0}, ValueError, "num_kv_heads is 0, expected at least 1"),
@@ -50,6 +56,12 @@ BAD_OPTIONS = [
     ({"dtype": "float64"}, ValueError, "dtype is 'float64', expected one of float32"),
     ({"dtype": torch.complex64}, ValueError, "expected one of float32"),
     ({"layout": "paged"}, ValueError, "layout is 'paged', expected one of interleaved, per_layer"),
+    ({"scrub": "always"}, ValueError, "scrub is 'always', expected one of never, on_reuse"),
+    ({"window": 0}, ValueError, "window is 0, expected at least 1"),
+    ({"window": 1.5}, TypeError, "window is 1.5, expected an int"),
+    ({"window": 8, "sink": -1}, ValueError, "sink is -1, expected at least 0"),
+    ({"window": 8, "sink": True}, TypeError, "sink is True, expected an int"),
+    ({"sink": 4}, ValueError, "sink is 4, but there is no window .* set window"),
     ({"order": "DHN"}, ValueError, "order is 'DHN', expected one of NHD, HND"),
     ({"device": "tpu"}, ValueError, "device is 'tpu', expected 'cpu', 'cuda' or 'cuda:N'"),
     ({"memory": "lots"}, ValueError, "memory is 'lots', expected a number and one of"),
@@ -62,6 +74,16 @@ BAD_OPTIONS = [
         {"layer_groups": [vattn.LayerGroup(layers=[0, 1], num_kv_heads=1, head_dim=8)]},
         ValueError,
         "num_kv_heads and layer_groups are both given",
+    ),
+    (
+        BY_GROUPS | {"window": 8},
+        ValueError,
+        "window and layer_groups are both given; leave window out",
+    ),
+    (
+        BY_GROUPS | {"sink": 4},
+        ValueError,
+        "sink and layer_groups are both given; leave sink out",
     ),
     (
         {
@@ -106,6 +128,18 @@ def test_what_this_machine_cannot_give_is_refused(options, error, message):
         vattn.init(vattn.CacheConfig(**(GOOD | options)))
 
 
+def test_windows_are_those_of_the_groups_or_of_all_layers():
+    all_layers = vattn.CacheConfig(**(GOOD | {"window": 8, "sink": 2}))
+    assert [(g.window, g.sink) for g in all_layers.groups] == [(8, 2)]
+    shape = {"num_kv_heads": 1, "head_dim": 8}
+    some = [vattn.LayerGroup(layers=[0], **shape), vattn.LayerGroup(layers=[1], window=8, **shape)]
+    assert vattn.CacheConfig(**(GOOD | BY_GROUPS | {"layer_groups": some})).has_window
+    assert all_layers.has_window
+    assert not vattn.CacheConfig(**(GOOD | BY_GROUPS)).has_window
+    assert some[1].shape() == ([1], 1, 8, 8, 8, 0)
+    assert some[0].shape() == ([0], 1, 8, 8, 0, 0)
+
+
 def test_a_device_that_is_not_there_is_refused(libcuda_double):
     with pytest.raises(ValueError, match="7"):
         vattn.init(vattn.CacheConfig(**(GOOD | {"device": "cuda:7", "memory": "64MiB"})))
@@ -133,6 +167,8 @@ def test_configurations_can_be_copied_compared_and_sent():
         ({"num_layers": 32, "num_kv_heads": 8, "head_dim": 128, "layout": "interleaved"}, 2**21),
         ({"num_kv_heads": 8, "head_dim": 128}, 2**17),
         ({"num_kv_heads": 8, "head_dim": 128, "order": "HND"}, 2**16),
+        ({"num_kv_heads": 16, "head_dim": 128, "window": 1024}, 2**18),
+        ({"num_kv_heads": 16, "head_dim": 128, "window": 10}, 2**16),
     ],
 )
 def test_the_default_page_on_the_host_follows_the_token_size(options, page_bytes):

@@ -82,6 +82,8 @@ MUTATIONS = {
     "parameter_removed": (r"\(DevicePtr base, size_t bytes, size_t offset,", "(DevicePtr base, "),
     "parameters_swapped": (r"StreamPtr stream, EventPtr event", "EventPtr event, StreamPtr stream"),
     "pointer_lost": (r"const MemAccessDesc\* desc, size_t", "MemAccessDesc desc, size_t"),
+    "value_size": (r"unsigned char value", "unsigned value"),
+    "first_form_of_copy": (r"cuMemcpyDtoDAsync, 3020", "cuMemcpyDtoDAsync, 3000"),
     "wrong_version": (r"cuMemGetInfo, 3020", "cuMemGetInfo, 10020"),
     "newer_signature": (r"cuCtxSynchronize, 2000", "cuCtxSynchronize, 13000"),
 }

@@ -11,8 +11,11 @@ from vattn import _C
 from vattn.config import CacheConfig
 from vattn.environment import apply_environment
 from vattn.pool import open_pool
+from vattn.sharing import Sharing
 from vattn.stats import CacheStats, CallStats
+from vattn.streams import stream_handle
 from vattn.tensors import LayerTensors, flatten
+from vattn.windows import WindowViews
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +72,7 @@ def init(config: CacheConfig, *, share_pool_with: KVCache | None = None) -> KVCa
     return KVCache(config, share_pool_with.pool)
 
 
-class KVCache:
+class KVCache(Sharing, WindowViews):
     """Contiguous KV memory for ``max_batch_size`` requests. Made by :func:`init`.
 
     Every request has a *row*: an index in dimension 0 of the KV tensors, the same as
@@ -100,6 +103,7 @@ class KVCache:
             max_batch_size=config.max_batch_size,
             max_seq_len=config.max_seq_len,
             lookahead=config.lookahead,
+            scrub=config.scrub == "on_reuse",
             groups=[group.shape() for group in config.groups],
         )
         self._tensors = LayerTensors(self._core, config)
@@ -136,7 +140,7 @@ class KVCache:
         ValueError
             ``seq_len`` is negative or beyond ``max_seq_len``.
         """
-        return self._core.alloc(seq_len, self._stream_handle(stream))
+        return self._core.alloc(seq_len, stream_handle(stream, self.config))
 
     def step(self, seq_lens: Sequence[int] | Mapping[int, int] | Any) -> None:
         """Back every row with memory for its tokens. Call once per iteration, before the forward.
@@ -198,7 +202,7 @@ class KVCache:
         DriverError
             The driver failed to record the fence. The row is still active.
         """
-        self._core.free(row, self._stream_handle(stream))
+        self._core.free(row, stream_handle(stream, self.config))
 
     # The tensors.
 
@@ -369,18 +373,3 @@ class KVCache:
             f"<vattn.KVCache {c.num_layers} layers, {c.max_batch_size} rows x {c.max_seq_len} "
             f"tokens, {c.dtype_name}, {c.layout_name} {c.order}, {state}>"
         )
-
-    def _stream_handle(self, stream: Any) -> int:
-        if self.config.device_type == "cpu":
-            return 0
-        if stream is None:
-            import torch
-
-            if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                return 0  # nothing was submitted through torch
-            return int(torch.cuda.current_stream(self.config.device_index).cuda_stream)
-        if isinstance(stream, int):
-            return stream
-        if hasattr(stream, "cuda_stream"):
-            return int(stream.cuda_stream)
-        raise TypeError(f"stream is {stream!r}, expected a torch.cuda.Stream, an int or None")

@@ -45,7 +45,7 @@ class ModelShape:
         """Bytes of K and V of all layers of one token."""
         elements = 0
         for group in self.layer_groups:
-            layers, heads, k_dim, v_dim = group.shape()
+            layers, heads, k_dim, v_dim, *_ = group.shape()
             elements += len(layers) * heads * (k_dim + v_dim)
         return elements * item_bytes
 
@@ -53,7 +53,7 @@ class ModelShape:
         """Bytes of K and V of one token, layer by layer."""
         by_layer = [0] * self.num_layers
         for group in self.layer_groups:
-            layers, heads, k_dim, v_dim = group.shape()
+            layers, heads, k_dim, v_dim, *_ = group.shape()
             for layer in layers:
                 by_layer[layer] = heads * (k_dim + v_dim) * item_bytes
         return by_layer

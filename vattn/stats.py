@@ -41,14 +41,16 @@ class CacheStats:
     free_bytes : int
         Held, but mapped nowhere.
     mapped_bytes : int
-        Mapped under the rows of this cache.
+        Mapped under the rows of this cache; a page that several rows share counts once.
+    aliased_bytes : int
+        What rows can read beyond ``mapped_bytes``, because others share their pages with them.
     reclaimable_bytes : int
         Of ``mapped_bytes``, what ``step`` may take back for other rows: pages of idle rows, and
         pages beyond the tokens of active ones.
     peak_mapped_bytes : int
         Largest ``held_bytes - free_bytes`` of the pool so far.
     used_bytes : int
-        Tokens of active rows. ``used_bytes / mapped_bytes`` is the utilisation of what is mapped,
+        Tokens of active rows, those that rows share in each of them. ``used_bytes / mapped_bytes`` is the utilisation of what is mapped,
         ``used_bytes / (mapped_bytes - reclaimable_bytes)`` of what other requests cannot have.
     reserved_bytes : int
         Addresses, which cost nothing.
@@ -68,6 +70,7 @@ class CacheStats:
     held_bytes: int
     free_bytes: int
     mapped_bytes: int
+    aliased_bytes: int
     reclaimable_bytes: int
     peak_mapped_bytes: int
     used_bytes: int

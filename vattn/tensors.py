@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vattn import _C
@@ -24,6 +24,14 @@ class LayerTensors:
     def __init__(self, core: _C.KVCache, config: CacheConfig) -> None:
         self._core = core
         self._config = config
+        # Window and sink of the layers that have one, as the core has them.
+        self._windows = {
+            layer: (min(group.window, config.max_seq_len), min(group.sink, config.max_seq_len))
+            for group in config.groups
+            if group.window is not None
+            for layer in group.layers
+        }
+        self._token_dim = 1 if config.order == "NHD" else 2
         self._by_layer: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def clear(self) -> None:
@@ -34,14 +42,66 @@ class LayerTensors:
         self, layer: int, rows: int | slice | Sequence[int] | None, max_len: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return views of some rows and of the first tokens; see :meth:`vattn.KVCache.kv`."""
+        self._check(layer)
+        if layer in self._windows:
+            raise ValueError(
+                f"layer {layer} has a sliding window, whose tokens are not where kv() would show "
+                "them; use kv_window() and kv_sink()"
+            )
+        return self._both(layer, lambda tensor: self._view(tensor, rows, max_len))
+
+    def window(
+        self, layer: int, rows: slice, n_tokens: int, page_bytes: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return views of the window of rows that all have ``n_tokens`` tokens.
+
+        See :meth:`vattn.KVCache.kv_window`. The tokens behind the sink run through a ring that is
+        mapped twice, so wherever in the first mapping a window starts, it goes on without a gap.
+        ``csrc/core/layout.h`` has the arithmetic.
+        """
+        window, sink = self._window_of(layer)
+        start = max(sink, n_tokens - window)
+
+        def view(tensor: torch.Tensor) -> torch.Tensor:
+            token = tensor.stride(self._token_dim)  # in elements, as the offsets below
+            page = page_bytes // tensor.element_size()
+            ring = -(-window * token // page) * page
+            offset = sink * token + (start - sink) * token % ring
+            some = tensor[rows]
+            shape = list(some.shape)
+            shape[self._token_dim] = max(0, n_tokens - start)
+            return some.as_strided(shape, some.stride(), some.storage_offset() + offset)
+
+        return self._both(layer, view)
+
+    def sink(
+        self, layer: int, rows: slice, n_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return views of the sink of rows that all have ``n_tokens`` tokens."""
+        _, sink = self._window_of(layer)
+        n = min(sink, n_tokens)
+        return self._both(layer, lambda tensor: tensor[rows].narrow(self._token_dim, 0, n))
+
+    def _check(self, layer: int) -> None:
         if not 0 <= layer < self._config.num_layers:
             raise IndexError(f"layer is {layer}, expected 0 to {self._config.num_layers - 1}")
+
+    def _window_of(self, layer: int) -> tuple[int, int]:
+        self._check(layer)
+        if layer not in self._windows:
+            raise ValueError(f"layer {layer} has no sliding window; use kv()")
+        return self._windows[layer]
+
+    def _both(
+        self, layer: int, view: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`view` of K and of V."""
         if layer not in self._by_layer:
             k = self._import(layer, is_v=False)
             assert k is not None
             self._by_layer[layer] = k, self._import(layer, is_v=True)
         k, v = self._by_layer[layer]
-        return self._view(k, rows, max_len), None if v is None else self._view(v, rows, max_len)
+        return view(k), None if v is None else view(v)
 
     def _import(self, layer: int, *, is_v: bool) -> torch.Tensor | None:
         import torch
@@ -67,7 +127,7 @@ class LayerTensors:
             limit = self._config.max_seq_len
             if not 0 <= max_len <= limit:
                 raise ValueError(f"max_len is {max_len}, expected 0 to max_seq_len = {limit}")
-            tensor = tensor.narrow(1 if self._config.order == "NHD" else 2, 0, max_len)
+            tensor = tensor.narrow(self._token_dim, 0, max_len)
         return tensor if rows is None else tensor[as_slice(rows, self._config.max_batch_size)]
 
 

@@ -7,37 +7,28 @@
 #include "base/errors.h"
 #include "base/log.h"
 #include "base/units.h"
-#include "driver/tracing_driver.h"
 
 namespace vattn {
 
-// Announces itself, so that the background thread lets it go first.
-class KvCache::StepLock {
- public:
-  explicit StepLock(KvCache& cache) : waiting_(cache.waiting_steps_) {
-    waiting_.fetch_add(1);
-    lock_ = std::unique_lock<std::mutex>(cache.mutex_);
-    waiting_.fetch_sub(1);
-  }
-
- private:
-  std::atomic<int>& waiting_;
-  std::unique_lock<std::mutex> lock_;
-};
-
-KvCache::KvCache(std::shared_ptr<Pool> pool, const LayoutSpec& spec, size_t lookahead)
+KvCache::KvCache(std::shared_ptr<Pool> pool, const LayoutSpec& spec, size_t lookahead, Scrub scrub)
     : pool_(std::move(pool)),
       n_rows_(spec.max_batch_size),
       max_seq_len_(spec.max_seq_len),
       lookahead_(lookahead),
-      rows_(pool_, make_layout(spec), spec.max_batch_size),
+      scrub_(scrub),
+      rows_(pool_, make_layout(spec), spec.max_batch_size, scrub),
       row_(n_rows_),
       mapped_tokens_(n_rows_, 0),
       seq_lens_(n_rows_, 0),
       used_tokens_(n_rows_, 0),
       limits_(n_rows_, 0),
+      floors_(n_rows_, 0),
       prefetch_at_(n_rows_, INT64_MAX),
       scratch_lens_(n_rows_, 0) {
+  for (const Region& region : rows_.layout().regions) {
+    // Regions of one window that differ in their tokens' size may differ in what they still have.
+    if (region.has_window()) rings_.push_back(region);
+  }
   const size_t regions = rows_.layout().regions.size();
   const size_t budget = pool_->stats().budget_bytes;
   if (budget < regions * pool_->page_bytes()) {
@@ -59,6 +50,7 @@ KvCache::~KvCache() {
   close();
   // What the driver refused to unmap: once more, before the addresses go.
   for (size_t row = 0; row < n_rows_; ++row) unmap_beyond(row, 0);
+  rows_.unmap_staging();
   pool_->trim();
 }
 
@@ -76,6 +68,15 @@ size_t KvCache::check_row(int64_t row) const {
   return static_cast<size_t>(row);
 }
 
+size_t KvCache::check_active(int64_t index) const {
+  const size_t row = check_row(index);
+  if (row_[row].state != RowState::kActive) {
+    throw std::invalid_argument("row " + std::to_string(index) + " is " + name_of(row_[row].state) +
+                                ", not active: it was freed before, or never allocated");
+  }
+  return row;
+}
+
 BatchIdx KvCache::alloc(int64_t seq_len, Stream stream) {
   process_.check_not_forked();
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -88,177 +89,115 @@ BatchIdx KvCache::alloc(int64_t seq_len, Stream stream) {
   std::vector<RowCandidate> candidates;
   candidates.reserve(n_rows_);
   for (size_t row = 0; row < n_rows_; ++row) {
-    candidates.push_back({row_[row].state, mapped_tokens_[row]});
+    candidates.push_back(
+        {row_[row].state, mapped_tokens_[row], row_[row].kept_tokens != 0, row_[row].freed_at});
   }
   const auto chosen = choose_row(candidates, static_cast<size_t>(seq_len));
   if (!chosen) {
     throw OutOfRows("all " + std::to_string(n_rows_) +
                     " rows are active; free one, or raise max_batch_size");
   }
-  Row& row = row_[*chosen];
-  if (row.fence != Fence::kNone && row.fence_stream != stream) {
-    driver().stream_wait_fence(stream, row.fence);
-  }
-  row.state = RowState::kActive;
-  used_tokens_[*chosen] = 0;
-  row.hint_tokens = static_cast<size_t>(seq_len);
+  make_own(*chosen, stream);
+  start(*chosen, /*tokens=*/0, /*written=*/0, stream);
+  row_[*chosen].hint_tokens = static_cast<size_t>(seq_len);
   refresh(*chosen);
   if (next_prefetch() || fits_badly(*chosen)) background_->wake();
   return static_cast<BatchIdx>(*chosen);
+}
+
+// What an idle row has is for a new request's work in `stream`.
+void KvCache::make_own(size_t row, Stream stream) {
+  if (shares_from(row, 0)) {
+    // It would have to be unmapped before the first token, so nothing is lost by doing it now.
+    wait_for_fence(row);
+    unmap_beyond(row, 0);
+  } else {
+    order_after_fence(row, stream);
+  }
+  if (scrub_ == Scrub::kOnReuse) rows_.clear(row, row_[row].writable_from, stream);
+}
+
+// Work in `stream` from now on comes after the work that was using the row before.
+void KvCache::order_after_fence(size_t row, Stream stream) {
+  const Row& r = row_[row];
+  if (r.fence != Fence::kNone && r.fence_stream != stream) {
+    driver().stream_wait_fence(stream, r.fence);
+  }
+}
+
+// A row's life begins, with tokens that another row has written or none.
+void KvCache::start(size_t row, size_t tokens, size_t written, Stream stream) noexcept {
+  Row& r = row_[row];
+  r.state = RowState::kActive;
+  r.stream = stream;
+  r.life = ++n_lives_;
+  r.kept_tokens = 0;
+  r.hint_tokens = 0;
+  r.written_tokens = written;
+  seq_lens_[row] = used_tokens_[row] = static_cast<int64_t>(tokens);
+  refresh(row);
 }
 
 void KvCache::free(int64_t index, Stream stream) {
   process_.check_not_forked();
   const std::lock_guard<std::mutex> lock(mutex_);
   check_usable();
-  const size_t at = check_row(index);
+  const size_t at = check_active(index);
   Row& row = row_[at];
-  if (row.state != RowState::kActive) {
-    throw std::invalid_argument("row " + std::to_string(index) + " is " + name_of(row.state) +
-                                ", not active: it was freed before, or never allocated");
-  }
   // A fence of an earlier request is folded into the new one: one fence per row is enough.
-  if (row.fence != Fence::kNone && row.fence_stream != stream) {
-    driver().stream_wait_fence(stream, row.fence);
-  }
+  order_after_fence(at, stream);
   const Fence fence = driver().record_fence(stream);
   drop_fence(at);
   row.fence = fence;
   row.fence_stream = stream;
-  row.state = RowState::kIdle;
+  // Nobody could use shared memory but for what is in it.
+  const bool useless = row.kept_tokens == 0 && shares_from(at, 0);
+  row.trim = false;
+  row.state = useless ? RowState::kRetiring : RowState::kIdle;
   row.freed_at = ++n_freed_;
   row.hint_tokens = 0;
   seq_lens_[at] = 0;
   refresh(at);
   prefetch_paused_ = false;
+  if (useless) background_->wake();
 }
 
-void KvCache::step(const int64_t* seq_lens, size_t n) {
-  step_with([&] {
-    if (n != n_rows_) {
-      throw std::invalid_argument("seq_lens has " + std::to_string(n) +
-                                  " entries, expected max_batch_size = " + std::to_string(n_rows_));
-    }
-    // A copy: another thread may write the caller's buffer meanwhile, and what is checked must be
-    // what is published.
-    std::copy_n(seq_lens, n, scratch_lens_.begin());
-  });
-}
-
-void KvCache::step_rows(const std::vector<std::pair<int64_t, int64_t>>& row_and_len) {
-  step_with([&] {
-    scratch_lens_ = seq_lens_;
-    for (const auto& [row, seq_len] : row_and_len) scratch_lens_[check_row(row)] = seq_len;
-  });
-}
-
-template <typename Fill>
-void KvCache::step_with(Fill fill_scratch_lens) {
-  process_.check_not_forked();
-  bool work = false;
-  {
-    const StepLock lock(*this);
-    check_usable();
-    fill_scratch_lens();
-    work = step_locked(scratch_lens_.data());
-  }
-  // After unlocking, or the thread wakes up only to wait for the lock.
-  if (work) background_->wake();
-}
-
-// True: there is something to prefetch.
-bool KvCache::step_locked(const int64_t* seq_lens) {
-  bool fits = true, ahead = false;
-  for (size_t row = 0; row < n_rows_; ++row) {
-    // As unsigned numbers, negative lengths are too long.
-    fits &= static_cast<uint64_t>(seq_lens[row]) <= static_cast<uint64_t>(limits_[row]);
-    ahead |= seq_lens[row] > prefetch_at_[row];
-  }
-  if (!fits) {
-    check_lens(seq_lens);
-    grow_rows(seq_lens);
-    ++steps_with_growth_;
-    ahead = true;
-  }
-  for (size_t row = 0; row < n_rows_; ++row) {
-    seq_lens_[row] = seq_lens[row];
-    used_tokens_[row] = std::max(used_tokens_[row], seq_lens[row]);
-  }
-  ++steps_;
-  return ahead && lookahead_ != 0 && !prefetch_paused_;
-}
-
-void KvCache::check_lens(const int64_t* seq_lens) const {
-  for (size_t row = 0; row < n_rows_; ++row) {
-    const int64_t n = seq_lens[row];
-    const std::string name = "seq_lens[" + std::to_string(row) + "] is " + std::to_string(n);
-    if (n < 0 || n > static_cast<int64_t>(max_seq_len_)) {
-      throw std::invalid_argument(name +
-                                  ", expected 0 to max_seq_len = " + std::to_string(max_seq_len_));
-    }
-    if (n > 0 && row_[row].state != RowState::kActive) {
-      throw std::invalid_argument(name + ", but the row is " + name_of(row_[row].state) +
-                                  "; alloc() it first, or pass 0");
-    }
-  }
-}
-
-// Decide -> reclaim if short -> act. Lengths are published by the caller, who cannot fail any more.
-void KvCache::grow_rows(const int64_t* seq_lens) {
-  const OriginScope origin(CallOrigin::kStep);
-  std::vector<Growth> growths;
-  size_t needed = 0;
-  for (size_t row = 0; row < n_rows_; ++row) {
-    if (seq_lens[row] <= limits_[row]) continue;
-    growths.push_back({row, static_cast<size_t>(seq_lens[row])});
-    needed += rows_.pages_to_grow(row, growths.back().tokens);
-  }
-  const size_t available = pool_->available_pages();
-  if (needed > available) {
-    const size_t reclaimable = reclaimable_pages(seq_lens);
-    if (needed > available + reclaimable) {
-      if (refit_first_steps(seq_lens)) return grow_rows(seq_lens);
-      throw OutOfPages(needed, available + reclaimable, "free a request or raise memory");
-    }
-    reclaim(needed - available, seq_lens);
-  }
-  try {
-    grow_or_reclaim(growths, needed, seq_lens);
-  } catch (...) {
-    // A run that the driver refused to take back stays mapped, as if it had been prefetched.
-    for (const Growth& growth : growths) refresh(growth.row);
-    throw;
-  }
-  for (const Growth& growth : growths) refresh(growth.row);
-}
-
-void KvCache::grow_or_reclaim(const std::vector<Growth>& growths, size_t needed,
-                              const int64_t* seq_lens) {
-  try {
-    rows_.grow(growths);
-  } catch (const OutOfPages&) {
-    // The driver has less memory than the budget allows. Idle rows may have enough.
-    if (reclaim(needed, seq_lens) == 0) throw;
-    rows_.grow(growths);
-  }
-}
-
-// After the pages or the state of a row have changed.
+// After the pages, the state or the length of a row have changed.
 void KvCache::refresh(size_t row) {
   mapped_tokens_[row] = rows_.mapped_tokens(row);
   const bool active = row_[row].state == RowState::kActive;
   const size_t tokens = active ? std::min(mapped_tokens_[row], max_seq_len_) : 0;
-  limits_[row] = static_cast<int64_t>(tokens);
   const bool may_grow = active && lookahead_ != 0 && tokens < max_seq_len_;
   prefetch_at_[row] =
       may_grow ? static_cast<int64_t>(tokens) - static_cast<int64_t>(lookahead_) : INT64_MAX;
+  limits_[row] = static_cast<int64_t>(tokens);
+  floors_[row] = 0;
+  if (active) note_length(row);
+}
+
+// After the length of an active row has changed, unless it only grew beyond what is shared.
+void KvCache::note_length(size_t row) {
+  Row& r = row_[row];
+  if (r.state != RowState::kActive) return;
+  const auto length = static_cast<size_t>(seq_lens_[row]);
+  r.kept_tokens = std::min(r.kept_tokens, length);
+  r.written_tokens = length == 0 ? 0 : std::max(r.written_tokens, length);
+  // The next token would be seen by others: to be dealt with first.
+  const bool shared = length < r.writable_from;
+  limits_[row] =
+      static_cast<int64_t>(shared ? length : std::min(mapped_tokens_[row], max_seq_len_));
+  const size_t floor = std::max(r.kept_tokens, std::min(r.writable_from, length));
+  floors_[row] = static_cast<int64_t>(std::max(floor, shortest_in_rings(row)));
 }
 
 size_t KvCache::trim() {
   process_.check_not_forked();
   const std::lock_guard<std::mutex> lock(mutex_);
   check_usable();
-  for (const size_t row : idle_rows_oldest_first()) row_[row].state = RowState::kRetiring;
+  for (const size_t row : idle_rows_oldest_first()) {
+    row_[row].state = RowState::kRetiring;
+    row_[row].trim = true;
+  }
   const size_t returned = pool_->trim() + retire_ready();
   prefetch_paused_ = false;
   background_->wake();
@@ -292,6 +231,7 @@ void KvCache::close() {
     seq_lens_[row] = 0;
     unmap_beyond(row, 0);
   }
+  rows_.unmap_staging();
   pool_->trim();
 }
 

@@ -28,73 +28,101 @@ bool KvCache::fence_passed(size_t row) {
   return true;
 }
 
+void KvCache::wait_for_fence(size_t row) {
+  if (row_[row].fence == Fence::kNone) return;
+  driver().wait_fence(row_[row].fence);
+  drop_fence(row);
+}
+
 void KvCache::drop_fence(size_t row) noexcept {
   if (row_[row].fence != Fence::kNone) driver().release_fence(row_[row].fence);
   row_[row].fence = Fence::kNone;
 }
 
-// What a row has beyond `tokens`. pre: its fence has passed.
+// What a row has beyond `tokens`. Pages that are free now. pre: its fence has passed.
 size_t KvCache::unmap_beyond(size_t row, size_t tokens) noexcept {
   const size_t pages = rows_.shrink(row, tokens);
-  RowState& state = row_[row].state;
-  // Where the driver refused, what is left is still mapped and can be adopted.
-  if (state != RowState::kActive) {
-    state = rows_.mapped_pages(row) == 0 ? RowState::kFree : RowState::kIdle;
+  note_pages(row);
+  return pages;
+}
+
+// After the pages of a row have changed.
+void KvCache::note_pages(size_t row) {
+  Row& r = row_[row];
+  // Where the driver refused to unmap, what is left is still mapped and can be adopted.
+  if (r.state != RowState::kActive) {
+    r.state = rows_.mapped_pages(row) == 0 ? RowState::kFree : RowState::kIdle;
+    r.kept_tokens = std::min(r.kept_tokens, rows_.mapped_tokens(row));
   }
   refresh(row);
-  return pages;
 }
 
 // Tokens of a row that no step(seq_lens) may take memory from: those it asks for, and those that
 // kernels may still be reading.
 size_t KvCache::tokens_to_keep(size_t row, const int64_t* seq_lens) const {
-  if (row_[row].state != RowState::kActive) return 0;
+  if (row_[row].state != RowState::kActive) return row_[row].pinned_tokens;
   return static_cast<size_t>(std::max(used_tokens_[row], seq_lens[row]));
 }
 
-size_t KvCache::reclaimable_pages(const int64_t* seq_lens) const {
-  size_t pages = 0;
-  for (size_t row = 0; row < n_rows_; ++row) {
-    pages += rows_.pages_beyond(row, tokens_to_keep(row, seq_lens));
+// Counted until `enough`.
+size_t KvCache::reclaimable_pages(const int64_t* seq_lens, size_t enough) const {
+  std::vector<size_t> keep;
+  keep.reserve(n_rows_);
+  for (size_t row = 0; row < n_rows_; ++row) keep.push_back(tokens_to_keep(row, seq_lens));
+  return rows_.pages_freed_by(keep, enough);
+}
+
+// What a row can lose. Of an idle row that keeps a prefix, only so much of its end that n_pages
+// come free. pre: its fence has passed.
+size_t KvCache::reclaim_from(size_t row, size_t n_pages, const int64_t* seq_lens) {
+  const size_t keep = tokens_to_keep(row, seq_lens);
+  if (row_[row].kept_tokens == 0 || row_[row].state == RowState::kActive) {
+    return unmap_beyond(row, keep);
   }
-  return pages;
+  size_t got = 0;
+  // More than once if others have the same pages: then none came free.
+  for (size_t before = SIZE_MAX; got < n_pages && rows_.mapped_pages(row) < before;) {
+    before = rows_.mapped_pages(row);
+    got += unmap_beyond(row, std::max(keep, rows_.tokens_without(row, n_pages - got)));
+  }
+  return got;
 }
 
 // Memory that costs least to lose first. Pages given back; less than n_pages if there are no more.
 size_t KvCache::reclaim(size_t n_pages, const int64_t* seq_lens) {
   size_t got = 0;
-  const std::vector<size_t> idle = idle_rows_oldest_first();
-  for (const size_t row : idle) {
-    if (got < n_pages && fence_passed(row)) got += unmap_beyond(row, 0);
+  // After the idle rows, what lies beyond the tokens of active ones: no request has touched it,
+  // unless it is left over from the request that had the row before and is still on the device.
+  std::vector<size_t> rows = idle_rows_oldest_first();
+  for (size_t row = 0; row < n_rows_; ++row) {
+    if (row_[row].state == RowState::kActive) rows.push_back(row);
   }
-  if (got >= n_pages) return got;
-  // Then what lies beyond the tokens of active rows: no request has touched it, unless it is left
-  // over from the request that had the row before and is still on the device.
-  for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
-    if (row_[row].state != RowState::kActive || !fence_passed(row)) continue;
-    got += unmap_beyond(row, tokens_to_keep(row, seq_lens));
-  }
-  // Then wait for the device.
-  for (size_t row = 0; row < n_rows_ && got < n_pages; ++row) {
-    if (row_[row].fence == Fence::kNone) continue;
-    driver().wait_fence(row_[row].fence);
-    drop_fence(row);
-    got += unmap_beyond(row, tokens_to_keep(row, seq_lens));
+  bool waited = false;
+  for (const bool wait : {false, true}) {
+    for (const size_t row : rows) {
+      if (got >= n_pages) break;
+      if (wait ? row_[row].fence == Fence::kNone : !fence_passed(row)) continue;
+      if (wait) wait_for_fence(row);
+      got += reclaim_from(row, n_pages - got, seq_lens);
+      waited |= wait;
+    }
   }
   // Or the background thread takes at once what was just made room for.
-  prefetch_paused_ = true;
+  if (waited) prefetch_paused_ = true;
   return got;
 }
 
 // Unmaps the retiring rows that the device is done with. Bytes given back to the driver.
 size_t KvCache::retire_ready() {
-  bool any = false;
+  bool any = false, trim = false;
   for (size_t row = 0; row < n_rows_; ++row) {
     if (row_[row].state != RowState::kRetiring || !fence_passed(row)) continue;
     unmap_beyond(row, 0);
     any = true;
+    trim |= row_[row].trim;
   }
-  return any ? pool_->trim() : 0;
+  if (any) prefetch_paused_ = false;
+  return trim ? pool_->trim() : 0;
 }
 
 // A row that was adopted for fewer tokens than one of its extents holds. Once it has tokens, what
@@ -149,7 +177,10 @@ bool KvCache::reclaim_spare(size_t n_pages) {
   for (const size_t row : rows) {
     const size_t keep = std::max(tokens_to_prefetch(row), rows_.tokens_without(row, n_pages));
     if (rows_.pages_beyond(row, keep) == 0 || !fence_passed(row)) continue;
-    if (unmap_beyond(row, keep) > 0) return true;
+    const size_t before = rows_.mapped_pages(row);
+    unmap_beyond(row, keep);
+    // Even if none of them came free, because others have them too: there may be more behind.
+    if (rows_.mapped_pages(row) < before) return true;
   }
   return false;
 }
@@ -158,7 +189,7 @@ bool KvCache::reclaim_spare(size_t n_pages) {
 // be asked back at any time: single pages.
 std::optional<Growth> KvCache::prefetch_of(size_t row) const {
   if (row_[row].state != RowState::kActive) return std::nullopt;
-  const size_t mapped = static_cast<size_t>(limits_[row]);
+  const size_t mapped = std::min(mapped_tokens_[row], max_seq_len_);
   if (row_[row].hint_tokens > mapped) return Growth{row, row_[row].hint_tokens};
   const size_t ahead = std::min(static_cast<size_t>(seq_lens_[row]) + lookahead_, max_seq_len_);
   if (ahead > mapped) return Growth{row, ahead, /*largest_order=*/0};
@@ -172,7 +203,8 @@ std::optional<Growth> KvCache::next_prefetch() const {
   int64_t best_left = 0;
   for (size_t row = 0; row < n_rows_; ++row) {
     const std::optional<Growth> growth = prefetch_of(row);
-    const int64_t left = limits_[row] - seq_lens_[row];
+    const auto mapped = static_cast<int64_t>(std::min(mapped_tokens_[row], max_seq_len_));
+    const int64_t left = mapped - seq_lens_[row];
     if (!growth || (best && left >= best_left)) continue;
     best = growth;
     best_left = left;

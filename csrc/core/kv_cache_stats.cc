@@ -34,7 +34,8 @@ size_t KvCache::mapped_tokens(int64_t row) const {
   process_.check_not_forked();
   const std::lock_guard<std::mutex> lock(mutex_);
   check_usable();
-  return rows_.mapped_tokens(check_row(row));
+  const size_t tokens = rows_.mapped_tokens(check_row(row));
+  return tokens == SIZE_MAX ? max_seq_len_ : tokens;
 }
 
 CacheStats KvCache::stats() const {
@@ -52,7 +53,9 @@ CacheStats KvCache::stats() const {
     stats.rows_idle += state == RowState::kIdle ? 1 : 0;
     stats.rows_retiring += state == RowState::kRetiring ? 1 : 0;
   }
-  stats.reclaimable_bytes = reclaimable_pages(seq_lens_.data()) * pool_->page_bytes();
+  stats.aliased_bytes = rows_.aliased_pages() * pool_->page_bytes();
+  stats.mapped_bytes -= stats.aliased_bytes;
+  stats.reclaimable_bytes = reclaimable_pages(seq_lens_.data(), SIZE_MAX) * pool_->page_bytes();
   stats.steps = steps_;
   stats.steps_with_growth = steps_with_growth_;
   stats.prefetched_runs = prefetched_runs_;
@@ -78,9 +81,15 @@ void KvCache::check() const {
     expect(mapped_tokens_[row] == rows_.mapped_tokens(row), row, "mapped_tokens is up to date");
     expect(r.state != RowState::kFree || rows_.mapped_pages(row) == 0, row,
            "a free row has no pages");
-    const size_t limit = active ? std::min(rows_.mapped_tokens(row), max_seq_len_) : 0;
+    expect(r.writable_from >= rows_.writable_from(row), row, "shared pages are known");
+    const size_t writable = length < r.writable_from ? length : max_seq_len_;
+    const size_t limit = active ? std::min(rows_.mapped_tokens(row), writable) : 0;
     expect(limits_[row] == static_cast<int64_t>(limit), row, "limits are up to date");
+    expect(r.kept_tokens <= rows_.mapped_tokens(row), row, "what is kept has memory");
+    expect(!active || r.kept_tokens <= length, row, "what is kept has tokens");
+    expect(r.pinned_tokens == 0, row, "nothing is pinned");
   }
+  rows_.list_staged_extents(mapped);
   check_conservation(mapped);
 }
 

@@ -1,6 +1,7 @@
 #include "core/layout.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -36,8 +37,10 @@ struct Member {
 // Tensors whose tokens lie together. Has one region per head in HND order, one in NHD order.
 struct Stripe {
   size_t regions;
+  size_t window;
+  size_t sink;
   size_t token_bytes = 0;
-  std::vector<Member> members;
+  std::vector<Member> members = {};
 };
 
 class Builder {
@@ -46,33 +49,41 @@ class Builder {
 
   Layout build() {
     check_sizes();
-    check_groups();
+    const std::vector<Stripe> all = stripes();
     layout_.layers.resize(num_layers_);
+    for (const Stripe& stripe : all) place(stripe);
+    return std::move(layout_);
+  }
+
+  // Which tensors lie together, in the order of their addresses.
+  std::vector<Stripe> stripes() {
+    check_groups();
+    std::vector<Stripe> all;
     if (spec_.kind == LayoutKind::kPerLayer) {
       for_each_tensor([&](const Member& member) {
-        Stripe stripe = empty_stripe(member.heads);
-        append(stripe, member);
-        place(stripe);
+        all.push_back(empty_stripe(spec_.groups[group_of_[member.layer]]));
+        append(all.back(), member);
       });
-    } else if (spec_.order == DimOrder::kNHD) {
-      Stripe stripe = empty_stripe(1);
-      for_each_tensor([&](const Member& member) { append(stripe, member); });
-      place(stripe);
+    } else if (heads_apart()) {
+      for (const LayerGroup& group : spec_.groups) all.push_back(empty_stripe(group));
+      for_each_tensor([&](const Member& member) { append(all[group_of_[member.layer]], member); });
     } else {
-      for (size_t g = 0; g < spec_.groups.size(); ++g) {
-        Stripe stripe = empty_stripe(spec_.groups[g].num_kv_heads);
-        for_each_tensor([&](const Member& member) {
-          if (group_of_[member.layer] == g) append(stripe, member);
-        });
-        place(stripe);
-      }
+      std::map<std::pair<size_t, size_t>, Stripe> by_window;  // the one without a window first
+      for_each_tensor([&](const Member& member) {
+        const LayerGroup& group = spec_.groups[group_of_[member.layer]];
+        const std::pair<size_t, size_t> key{group.window, group.sink};
+        append(by_window.try_emplace(key, empty_stripe(group)).first->second, member);
+      });
+      for (auto& [key, stripe] : by_window) all.push_back(std::move(stripe));
     }
-    return std::move(layout_);
+    return all;
   }
 
  private:
   bool heads_apart() const { return spec_.order == DimOrder::kHND; }
-  Stripe empty_stripe(size_t heads) const { return {heads_apart() ? heads : 1, 0, {}}; }
+  Stripe empty_stripe(const LayerGroup& group) const {
+    return {heads_apart() ? group.num_kv_heads : 1, group.window, group.sink};
+  }
 
   void check_sizes() const {
     const std::pair<const char*, size_t> sizes[] = {{"item_bytes", spec_.item_bytes},
@@ -88,6 +99,10 @@ class Builder {
     for (const LayerGroup& group : spec_.groups) num_layers_ += group.layers.size();
     group_of_.assign(num_layers_, spec_.groups.size());
     for (size_t g = 0; g < spec_.groups.size(); ++g) {
+      if (spec_.groups[g].sink != 0 && spec_.groups[g].window == 0) {
+        throw std::invalid_argument("sink is " + std::to_string(spec_.groups[g].sink) +
+                                    " without a window; set window too");
+      }
       for (const size_t layer : spec_.groups[g].layers) {
         if (layer >= num_layers_ || group_of_[layer] != spec_.groups.size()) {
           throw std::invalid_argument(
@@ -124,19 +139,39 @@ class Builder {
     stripe.members.push_back(member);
   }
 
+  size_t whole_pages(size_t bytes) const {
+    return checked_mul(ceil_div(bytes, spec_.page_bytes), spec_.page_bytes);
+  }
+
+  // A row's range of one of the stripe's regions: all but its place.
+  Region region_of(const Stripe& stripe) const {
+    Region region{stripe.token_bytes, 0, 0};
+    if (stripe.window == 0) return region;
+    const size_t sink_bytes =
+        checked_mul(std::min(stripe.sink, spec_.max_seq_len), stripe.token_bytes);
+    region.window = std::min(stripe.window, spec_.max_seq_len);
+    region.head_bytes = whole_pages(sink_bytes);
+    region.lead_bytes = region.head_bytes - sink_bytes;
+    region.ring_bytes = whole_pages(checked_mul(region.window, stripe.token_bytes));
+    return region;
+  }
+
+  // Bytes from one of the stripe's regions to the next.
+  size_t stride_of(const Region& region) const {
+    if (region.has_window()) return region.head_bytes + 2 * region.ring_bytes;
+    const size_t token = region.token_bytes;
+    const size_t unit = checked_mul(token / std::gcd(token, spec_.page_bytes), spec_.page_bytes);
+    return checked_mul(ceil_div(checked_mul(spec_.max_seq_len, token), unit), unit);
+  }
+
   // Gives the stripe its addresses, behind those placed before.
   void place(const Stripe& stripe) {
-    const size_t token = stripe.token_bytes;
-    const size_t unit = checked_mul(token / std::gcd(token, spec_.page_bytes), spec_.page_bytes);
-    const size_t region_stride =
-        checked_mul(ceil_div(checked_mul(spec_.max_seq_len, token), unit), unit);
-    const size_t row_stride = checked_mul(stripe.regions, region_stride);
-    const size_t start = layout_.reserved_bytes;
-    for (size_t i = 0; i < stripe.regions; ++i) {
-      layout_.regions.push_back({token, start + i * region_stride, row_stride});
-    }
+    Region region = region_of(stripe);
+    const size_t region_stride = stride_of(region);
+    region.row_stride = checked_mul(stripe.regions, region_stride);
+    region.offset = layout_.reserved_bytes;
     for (const Member& member : stripe.members) {
-      const TensorView view = view_of(member, token, start, region_stride, row_stride);
+      const TensorView view = view_of(member, region, region_stride);
       LayerViews& layer = layout_.layers[member.layer];
       if (member.is_v) {
         layer.v = view;
@@ -144,28 +179,32 @@ class Builder {
         layer.k = view;
       }
     }
-    layout_.token_bytes += stripe.regions * token;
-    layout_.reserved_bytes = start + checked_mul(row_stride, spec_.max_batch_size);
+    layout_.token_bytes += stripe.regions * stripe.token_bytes;
+    layout_.reserved_bytes += checked_mul(region.row_stride, spec_.max_batch_size);
     checked_mul(layout_.reserved_bytes, 1);
+    for (size_t i = 0; i < stripe.regions; ++i, region.offset += region_stride) {
+      layout_.regions.push_back(region);
+    }
   }
 
-  TensorView view_of(const Member& member, size_t token_bytes, size_t start, size_t region_stride,
-                     size_t row_stride) const {
+  // `region` is the first of the stripe's.
+  TensorView view_of(const Member& member, const Region& region, size_t region_stride) const {
     const auto elements = [&](size_t bytes) {
       return static_cast<int64_t>(bytes / spec_.item_bytes);
     };
     const auto rows = static_cast<int64_t>(spec_.max_batch_size);
-    const auto tokens = static_cast<int64_t>(spec_.max_seq_len);
+    const auto tokens = static_cast<int64_t>(
+        region.has_window() ? region.sink() + ceil_div(2 * region.ring_bytes, region.token_bytes)
+                            : spec_.max_seq_len);
     const auto heads = static_cast<int64_t>(member.heads);
     const auto dim = static_cast<int64_t>(member.head_dim);
-    const size_t offset = start + member.token_offset;
+    const size_t offset = region.offset + region.lead_bytes + member.token_offset;
+    const int64_t row = elements(region.row_stride);
+    const int64_t token = elements(region.token_bytes);
     if (heads_apart()) {
-      return {offset,
-              {rows, heads, tokens, dim},
-              {elements(row_stride), elements(region_stride), elements(token_bytes), 1}};
+      return {offset, {rows, heads, tokens, dim}, {row, elements(region_stride), token, 1}};
     }
-    return {
-        offset, {rows, tokens, heads, dim}, {elements(row_stride), elements(token_bytes), dim, 1}};
+    return {offset, {rows, tokens, heads, dim}, {row, token, dim, 1}};
   }
 
   const LayoutSpec& spec_;
@@ -181,14 +220,13 @@ Layout make_layout(const LayoutSpec& spec) {
 }
 
 size_t default_host_page_bytes(const LayoutSpec& spec) {
-  LayoutSpec unpaged = spec;
-  unpaged.page_bytes = 1;
-  size_t token_bytes = SIZE_MAX;
-  for (const Region& region : make_layout(unpaged).regions) {
-    token_bytes = std::min(token_bytes, region.token_bytes);
+  size_t wanted_bytes = SIZE_MAX;
+  for (const Stripe& stripe : Builder(spec).stripes()) {
+    const size_t tokens = stripe.window == 0 ? 64 : std::min<size_t>(stripe.window, 64);
+    wanted_bytes = std::min(wanted_bytes, checked_mul(tokens, stripe.token_bytes));
   }
   size_t page_bytes = 64 * kKiB;
-  while (page_bytes < 2 * kMiB && page_bytes < 64 * token_bytes) page_bytes *= 2;
+  while (page_bytes < 2 * kMiB && page_bytes < wanted_bytes) page_bytes *= 2;
   return page_bytes;
 }
 

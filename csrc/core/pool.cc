@@ -149,17 +149,19 @@ bool Pool::prepare(size_t n_pages, size_t largest_order, Extent last) {
   return false;
 }
 
-void Pool::add_reference(ExtentId id) {
+void Pool::add_reference(ExtentId id) noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
   ++record(id).references;
 }
 
-void Pool::give_back(ExtentId id) noexcept {
+bool Pool::give_back(ExtentId id) noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
   Record& r = record(id);
-  if (--r.references != 0) return;
+  if (--r.references != 0) return false;
+  r.clean = false;
   free_[r.order].push_back(id);
   free_bytes_ += r.extent.bytes;
+  return true;
 }
 
 size_t Pool::trim() noexcept {
@@ -197,7 +199,7 @@ ExtentId Pool::create_free(size_t order, Extent last) {
   const Handle handle = driver_->create_after(last, bytes);
   const ExtentId id = unused_ids_.back();
   unused_ids_.pop_back();
-  record(id) = {{handle, bytes}, order, 0};
+  record(id) = {{handle, bytes}, order, 0, driver_->creates_zeroed()};
   free_[order].push_back(id);
   ++created_[order];
   held_bytes_ += bytes;
@@ -242,6 +244,11 @@ size_t Pool::pages(ExtentId id) const {
 size_t Pool::references(ExtentId id) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return record(id).references;
+}
+
+bool Pool::clean(ExtentId id) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return record(id).clean;
 }
 
 PoolStats Pool::stats() const {

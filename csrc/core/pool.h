@@ -50,10 +50,10 @@ class Pool {
   // background thread: nobody waits for longer than one driver call.
   bool prepare(size_t n_pages, size_t largest_order = kMaxOrders - 1, Extent last = {});
 
-  void add_reference(ExtentId id);
-  // Drops a reference; with the last one the extent is free.
+  void add_reference(ExtentId id) noexcept;
+  // Drops a reference. True: it was the last one, the extent is free.
   // pre: it is no longer mapped for this reference.
-  void give_back(ExtentId id) noexcept;
+  bool give_back(ExtentId id) noexcept;
 
   // Returns all free extents to the driver. Bytes returned.
   size_t trim() noexcept;
@@ -70,6 +70,8 @@ class Pool {
   Extent extent(ExtentId id) const;
   size_t pages(ExtentId id) const;
   size_t references(ExtentId id) const;
+  // Whether nobody has had the extent since it was created with zeros in it.
+  bool clean(ExtentId id) const;
   PoolStats stats() const;
   // Throws std::logic_error if a free list, a reference count or the budget does not add up.
   void check() const;
@@ -79,6 +81,7 @@ class Pool {
     Extent extent{};  // bytes == 0: the id is unused
     size_t order = 0;
     size_t references = 0;
+    bool clean = false;
   };
 
   PoolCounts counts() const;

@@ -11,6 +11,7 @@ using Rank = std::tuple<int, size_t>;
 std::optional<Rank> rank_of(const RowCandidate& row, size_t tokens) {
   switch (row.state) {
     case RowState::kIdle:
+      if (row.keeps_prefix) return Rank{4, row.freed_at};
       if (row.mapped_tokens >= tokens) return Rank{0, row.mapped_tokens - tokens};
       return Rank{1, tokens - row.mapped_tokens};
     case RowState::kFree:

@@ -113,6 +113,8 @@ using GetProcAddressV12000 = Result (*)(const char* symbol, void** function, int
   X(cuMemExportToShareableHandle, 10020,                                                          \
     (void* shareable, MemHandle handle, int type, unsigned long long flags))                      \
   X(cuMemImportFromShareableHandle, 10020, (MemHandle * handle, void* os_handle, int type))       \
+  X(cuMemcpyDtoDAsync, 3020, (DevicePtr to, DevicePtr from, size_t bytes, StreamPtr stream))      \
+  X(cuMemsetD8Async, 3020, (DevicePtr base, unsigned char value, size_t bytes, StreamPtr stream)) \
   X(cuEventCreate, 2000, (EventPtr * event, unsigned flags))                                      \
   X(cuEventRecord, 2000, (EventPtr event, StreamPtr stream))                                      \
   X(cuEventQuery, 2000, (EventPtr event))                                                         \

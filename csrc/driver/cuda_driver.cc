@@ -171,6 +171,20 @@ bool CudaVmmDriver::unmap(uintptr_t base, const std::vector<Extent>& run) noexce
   return false;
 }
 
+void CudaVmmDriver::copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) {
+  const CurrentContext here = device_.enter();
+  check_sound();  // work on a range that is mapped in part kills the context, torch's work with it
+  cuda::check(device_.api(), "cuMemcpyDtoDAsync",
+              device_.api().cuMemcpyDtoDAsync(to, from, bytes, to_cuda(stream)));
+}
+
+void CudaVmmDriver::clear(Stream stream, uintptr_t base, size_t bytes) {
+  const CurrentContext here = device_.enter();
+  check_sound();
+  cuda::check(device_.api(), "cuMemsetD8Async",
+              device_.api().cuMemsetD8Async(base, 0, bytes, to_cuda(stream)));
+}
+
 void CudaVmmDriver::synchronize() {
   const CurrentContext here = device_.enter();
   cuda::check(device_.api(), "cuCtxSynchronize", device_.api().cuCtxSynchronize());

@@ -18,10 +18,14 @@ class CudaVmmDriver : public VmmDriver {
   uintptr_t reserve(size_t bytes) override;
   void unreserve(uintptr_t base, size_t bytes) noexcept override;
   Handle create_after(Extent last, size_t bytes) override;
+  bool creates_zeroed() const noexcept override { return false; }
   void release(Extent extent) noexcept override;
   void map(uintptr_t base, const std::vector<Extent>& run) override;
   bool unmap(uintptr_t base, const std::vector<Extent>& run) noexcept override;
   void populate(uintptr_t, size_t) noexcept override {}  // device memory is there from create() on
+
+  void copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) override;
+  void clear(Stream stream, uintptr_t base, size_t bytes) override;
 
   Fence record_fence(Stream stream) override { return fences_.record(stream); }
   bool fence_passed(Fence fence) override { return fences_.passed(fence); }

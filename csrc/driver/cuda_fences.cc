@@ -16,9 +16,6 @@ uint32_t index_of(Fence fence) {
 uint32_t generation_of(Fence fence) {
   return static_cast<uint32_t>(static_cast<uint64_t>(fence) >> 32);
 }
-cuda::StreamPtr to_cuda(Stream stream) {
-  return reinterpret_cast<cuda::StreamPtr>(static_cast<uintptr_t>(stream));
-}
 
 }  // namespace
 

@@ -11,6 +11,10 @@
 
 namespace vattn {
 
+inline cuda::StreamPtr to_cuda(Stream stream) {
+  return reinterpret_cast<cuda::StreamPtr>(static_cast<uintptr_t>(stream));
+}
+
 class CudaFences {
  public:
   explicit CudaFences(CudaDevice& device) : device_(device) {}

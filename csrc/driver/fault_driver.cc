@@ -31,6 +31,7 @@ class Injector final : public FaultDriver {
     maybe_throw("create");
     return inner_->create_after(last, bytes);
   }
+  bool creates_zeroed() const noexcept override { return inner_->creates_zeroed(); }
   void release(Extent extent) noexcept override { inner_->release(extent); }
   void map(uintptr_t base, const std::vector<Extent>& run) override {
     maybe_throw("map");
@@ -40,6 +41,14 @@ class Injector final : public FaultDriver {
     return !fails() && inner_->unmap(base, run);
   }
   void populate(uintptr_t base, size_t bytes) noexcept override { inner_->populate(base, bytes); }
+  void copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) override {
+    maybe_throw("copy");
+    inner_->copy(stream, to, from, bytes);
+  }
+  void clear(Stream stream, uintptr_t base, size_t bytes) override {
+    maybe_throw("clear");
+    inner_->clear(stream, base, bytes);
+  }
   Fence record_fence(Stream stream) override {
     maybe_throw("record_fence");
     return inner_->record_fence(stream);

@@ -97,6 +97,9 @@ class HostVmmDriver final : public VmmDriver {
     return static_cast<Handle>(offsets_.take(last.bytes == 0 ? 0 : end_of(last), bytes));
   }
 
+  // File offsets are fresh or a punched hole.
+  bool creates_zeroed() const noexcept override { return true; }
+
   void release(Extent extent) noexcept override {
     if (process_.forked()) return;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -145,6 +148,16 @@ class HostVmmDriver final : public VmmDriver {
       log_line(LogLevel::kDebug, "populate skipped call=madvise code=%d base=0x%zx bytes=%zu",
                errno, base, bytes);
     }
+  }
+
+  void copy(Stream, uintptr_t to, uintptr_t from, size_t bytes) override {
+    process_.check_not_forked();
+    if (use_ == HostUse::kMemory) std::memcpy(pointer(to), pointer(from), bytes);
+  }
+
+  void clear(Stream, uintptr_t base, size_t bytes) override {
+    process_.check_not_forked();
+    if (use_ == HostUse::kMemory) std::memset(pointer(base), 0, bytes);
   }
 
   Fence record_fence(Stream) override {

@@ -13,8 +13,8 @@ namespace vattn {
 
 enum class HostUse {
   kMemory,
-  // Nobody will touch the memory, only lengths are played through: populates nothing, and reports
-  // as much memory as anyone may ask for.
+  // Nobody will touch the memory, only lengths are played through: populates, copies and clears
+  // nothing, and reports as much memory as anyone may ask for.
   kRehearsal,
 };
 

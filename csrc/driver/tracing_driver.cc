@@ -16,21 +16,13 @@ namespace {
 thread_local CallOrigin t_origin = CallOrigin::kOther;
 
 constexpr size_t kRingSize = 64;
-constexpr std::array<const char*, kNumDriverCalls> kCallNames = {"reserve",
-                                                                 "unreserve",
-                                                                 "create",
-                                                                 "release",
-                                                                 "map",
-                                                                 "unmap",
-                                                                 "populate",
-                                                                 "record_fence",
-                                                                 "fence_passed",
-                                                                 "wait_fence",
-                                                                 "stream_wait_fence",
-                                                                 "release_fence",
-                                                                 "synchronize",
-                                                                 "export_handle",
-                                                                 "import_handle"};
+constexpr std::array<const char*, kNumDriverCalls> kCallNames = {
+    "reserve",           "unreserve",     "create",
+    "release",           "map",           "unmap",
+    "populate",          "copy",          "clear",
+    "record_fence",      "fence_passed",  "wait_fence",
+    "stream_wait_fence", "release_fence", "synchronize",
+    "export_handle",     "import_handle"};
 constexpr std::array<const char*, kNumCallOrigins> kOriginNames = {"other", "step", "background"};
 
 uint64_t now_ns() noexcept {
@@ -74,6 +66,7 @@ class Tracer final : public TracingDriver {
     return timed(DriverCall::kCreate, static_cast<uint64_t>(last.handle), bytes,
                  [&] { return inner_->create_after(last, bytes); });
   }
+  bool creates_zeroed() const noexcept override { return inner_->creates_zeroed(); }
   void release(Extent extent) noexcept override {
     given_back(DriverCall::kRelease, static_cast<uint64_t>(extent.handle), extent.bytes,
                [&] { inner_->release(extent); });
@@ -89,6 +82,12 @@ class Tracer final : public TracingDriver {
   }
   void populate(uintptr_t base, size_t bytes) noexcept override {
     given_back(DriverCall::kPopulate, base, bytes, [&] { inner_->populate(base, bytes); });
+  }
+  void copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) override {
+    timed(DriverCall::kCopy, to, bytes, [&] { inner_->copy(stream, to, from, bytes); });
+  }
+  void clear(Stream stream, uintptr_t base, size_t bytes) override {
+    timed(DriverCall::kClear, base, bytes, [&] { inner_->clear(stream, base, bytes); });
   }
   Fence record_fence(Stream stream) override {
     return timed(DriverCall::kRecordFence, static_cast<uint64_t>(stream), 0,

@@ -20,6 +20,8 @@ enum class DriverCall : uint8_t {
   kMap,
   kUnmap,
   kPopulate,
+  kCopy,
+  kClear,
   kRecordFence,
   kFencePassed,
   kWaitFence,
@@ -29,7 +31,7 @@ enum class DriverCall : uint8_t {
   kExportHandle,
   kImportHandle,
 };
-constexpr size_t kNumDriverCalls = 15;
+constexpr size_t kNumDriverCalls = 17;
 const char* name_of(DriverCall call) noexcept;
 
 // On whose time a call was made: of the caller of step(), of the background thread, of any other.

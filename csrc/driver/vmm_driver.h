@@ -1,6 +1,7 @@
 // The primitive virtual-memory API. One implementation per kind of memory (CUDA, host).
 //
-// pre, on every function: addresses and sizes are multiples of page_bytes(), sizes are > 0.
+// pre, on every function: addresses and sizes are multiples of page_bytes() (but for copy() and
+// clear(), which take any), sizes are > 0.
 // A function that throws has changed nothing. Functions that give something back are noexcept:
 // they run in destructors and rollbacks, so they count and log a failure instead.
 // Every function may be called from any thread. In a forked child, functions that acquire throw
@@ -62,6 +63,8 @@ class VmmDriver {
   // As create(), for an extent that will be mapped right behind `last`. A hint: on the host two
   // such extents are one mapping to the kernel. Extent{} means none.
   virtual Handle create_after(Extent last, size_t bytes) = 0;
+  // Whether memory from create() reads as zeros. CUDA promises nothing.
+  virtual bool creates_zeroed() const noexcept = 0;
   // pre: mapped nowhere.
   virtual void release(Extent extent) noexcept = 0;
 
@@ -75,6 +78,14 @@ class VmmDriver {
   // Fault the pages of a mapped range in ahead of first use. A hint; nothing to do on CUDA. The
   // range may be unmapped meanwhile by another thread: then part of the work is wasted, no more.
   virtual void populate(uintptr_t base, size_t bytes) noexcept = 0;
+
+  // Copy device memory, in the order of `stream`; on the host, now.
+  // pre: both ranges are mapped, stay so until the stream is past this, and share no byte, neither
+  // of addresses nor of physical memory.
+  virtual void copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) = 0;
+  // Zero a range, in the order of `stream`; on the host, now.
+  // pre: the range is mapped, and stays so until the stream is past this.
+  virtual void clear(Stream stream, uintptr_t base, size_t bytes) = 0;
 
   // Everything in `stream` up to now. The host has no streams: there every fence has passed.
   virtual Fence record_fence(Stream stream) = 0;

@@ -45,16 +45,25 @@ LayoutSpec rig_spec(size_t page_bytes, const RigOptions& options) {
   const size_t token_bytes = page_bytes / options.tokens_per_page;
   const bool apart = options.kind == LayoutKind::kPerLayer;
   LayoutSpec spec;
+  if (options.heads > 1) spec.order = DimOrder::kHND;
   spec.kind = options.kind;
   spec.item_bytes = 2;
   spec.max_batch_size = options.rows;
   spec.max_seq_len = options.max_tokens;
   spec.page_bytes = page_bytes;
-  LayerGroup group{{}, 1, 0, 0};
-  for (size_t layer = 0; layer < options.layers; ++layer) group.layers.push_back(layer);
-  group.k_head_dim = token_bytes / 2 / (apart ? 1 : 2 * options.layers);
-  group.v_head_dim = group.k_head_dim;
-  spec.groups = {group};
+  const size_t head_dim = token_bytes / 2 / (apart ? 1 : 2 * options.layers);
+  LayerGroup group{{}, options.heads, head_dim, head_dim};
+  if (options.first_layer_full) {
+    group.layers = {0};
+    spec.groups.push_back(group);
+    group.layers.clear();
+  }
+  for (size_t layer = spec.groups.size(); layer < options.layers; ++layer) {
+    group.layers.push_back(layer);
+  }
+  group.window = options.window;
+  group.sink = options.sink;
+  spec.groups.push_back(group);
   return spec;
 }
 
@@ -65,7 +74,7 @@ Rig::Rig(const Backend& backend, const RigOptions& options)
   page = ledger->page_bytes();
   pool = std::make_shared<Pool>(faults, page, options.max_extent_pages * page,
                                 options.budget_pages * page);
-  kv = std::make_unique<KvCache>(pool, rig_spec(page, options), options.lookahead);
+  kv = std::make_unique<KvCache>(pool, rig_spec(page, options), options.lookahead, options.scrub);
 }
 
 Rig::~Rig() {
@@ -97,7 +106,7 @@ void Rig::start(const std::vector<int64_t>& seq_lens) {
 unsigned char* Rig::token(int64_t row, size_t token, size_t region) const {
   const Region& r = kv->layout().regions[region];
   return reinterpret_cast<unsigned char*>(
-      kv->base() + r.offset + static_cast<size_t>(row) * r.row_stride + token * r.token_bytes);
+      kv->base() + r.offset + static_cast<size_t>(row) * r.row_stride + r.offset_of(token));
 }
 
 void Rig::end() {

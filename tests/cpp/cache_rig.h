@@ -41,6 +41,10 @@ struct RigOptions {
   size_t lookahead = 0;
   LayoutKind kind = LayoutKind::kInterleaved;
   size_t layers = 1;
+  size_t heads = 1;  // in HND order if there is more than one
+  size_t window = 0, sink = 0;
+  bool first_layer_full = false;  // the window is of the others
+  Scrub scrub = Scrub::kNever;
 };
 
 // Where every layer's K and V of a token together take a page / tokens_per_page (interleaved), or
@@ -69,9 +73,14 @@ struct Rig {
   void start(const std::vector<int64_t>& seq_lens);
   size_t mapped(int64_t row) const { return kv->mapped_tokens(row); }
   RowState state(int64_t row) const { return kv->row_state(row); }
-  // First byte of a token in a region.
+  // First byte of a token in a region; of a ring in its first mapping.
   unsigned char* token(int64_t row, size_t token, size_t region = 0) const;
   size_t pages_mapped() const { return ledger->now().mapped_bytes / page; }
+  // Pages that exist under rows, each once.
+  size_t pages_taken() const {
+    const PoolStats stats = pool->stats();
+    return (stats.held_bytes - stats.free_bytes) / page;
+  }
   // Gives the cache and the pool back, and fails if anything is left of them.
   void end();
 

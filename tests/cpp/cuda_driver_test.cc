@@ -169,6 +169,8 @@ void a_driver_that_cannot_undo_says_stop() {
   CHECK(log.find("vattn E unmap not undone code=701") != std::string::npos);
   CHECK_THROWS(DriverError, s.driver.create(kPage), "stop using this cache");
   CHECK_THROWS(DriverError, s.driver.map(s.base, {s.run[0]}), "stop using this cache");
+  CHECK_THROWS(DriverError, s.driver.copy({}, s.base, s.base + kPage, 8), "stop using this cache");
+  CHECK_THROWS(DriverError, s.driver.clear({}, s.base, 8), "stop using this cache");
   // Giving back still works.
   CHECK(s.driver.unmap(s.base + kPage, {s.run[1]}));
   CHECK(s.driver.unmap(s.base + 2 * kPage, {s.run[2]}));
@@ -182,6 +184,19 @@ void a_map_that_cannot_be_rolled_back_says_stop() {
   CHECK_THROWS(DriverError, s.driver.reserve(kPage), "stop using this cache");
   CHECK_EQ(s.driver.failed_give_backs(), 1u);
   CHECK(s.driver.unmap(s.base, {s.run[0]}));
+}
+
+void failures_of_copies_name_the_call() {
+  Setup s;
+  s.driver.map(s.base, s.run);
+  DOUBLE(fail)("cuMemcpyDtoDAsync", 0, 1, 700);
+  CHECK_THROWS(DriverError, s.driver.copy(Stream{}, s.base, s.base + kPage, 5),
+               "cuMemcpyDtoDAsync failed (700)");
+  DOUBLE(fail)("cuMemsetD8Async", 0, 1, 700);
+  CHECK_THROWS(DriverError, s.driver.clear(Stream{}, s.base, 5), "cuMemsetD8Async failed (700)");
+  s.driver.copy(Stream{}, s.base, s.base + kPage, 5);
+  s.driver.clear(Stream{}, s.base, 5);
+  CHECK(s.driver.unmap(s.base, s.run));
 }
 
 void failed_give_backs_are_counted_and_logged() {
@@ -279,6 +294,8 @@ void a_forked_child_makes_no_call_at_all() {
     CHECK_THROWS(DriverError, driver->wait_fence(fence), kText);
     CHECK_THROWS(DriverError, driver->synchronize(), kText);
     CHECK_THROWS(DriverError, driver->create(kPage), kText);
+    CHECK_THROWS(DriverError, driver->copy(Stream{}, 0, kPage, 1), kText);
+    CHECK_THROWS(DriverError, driver->clear(Stream{}, 0, 1), kText);
     CHECK(!driver->describe().empty());
     driver->release(extent);
     driver->release_fence(fence);
@@ -312,6 +329,7 @@ int main(int argc, char** argv) {
                                    TEST(an_unmap_that_fails_half_way_is_undone),
                                    TEST(a_driver_that_cannot_undo_says_stop),
                                    TEST(a_map_that_cannot_be_rolled_back_says_stop),
+                                   TEST(failures_of_copies_name_the_call),
                                    TEST(failed_give_backs_are_counted_and_logged),
                                    TEST(giving_back_after_shutdown_is_success),
                                    TEST(threads_need_no_context_of_their_own),

@@ -15,18 +15,6 @@ namespace {
 
 using Run = std::vector<Extent>;
 
-// A driver, and how to reach its memory.
-struct Subject {
-  VmmDriver& driver;
-  const Memory& memory;
-
-  bool writable(uintptr_t address) const { return memory.write(address, 0x5a); }
-  bool readable(uintptr_t address) const {
-    unsigned char value = 0;
-    return memory.read(address, &value);
-  }
-};
-
 // The first byte of every page of a range, so that swapped and shifted pages show.
 void fill(const Subject& s, uintptr_t base, size_t bytes, size_t value) {
   for (size_t at = 0; at < bytes; at += s.driver.page_bytes()) {
@@ -42,11 +30,6 @@ bool filled(const Subject& s, uintptr_t base, size_t bytes, size_t value, size_t
     if (!s.memory.read(base + at, &found) || found != expected) return false;
   }
   return true;
-}
-
-Extent make_extent(VmmDriver& driver, size_t pages) {
-  const size_t bytes = pages * driver.page_bytes();
-  return {driver.create(bytes), bytes};
 }
 
 void says_what_it_is(const Subject& s) {
@@ -197,6 +180,8 @@ void a_forked_child_is_refused_and_harmless(const Subject& s) {
     const bool refuses = throws<DriverError>([&] { driver.create(extent.bytes); }) &&
                          throws<DriverError>([&] { driver.reserve(extent.bytes); }) &&
                          throws<DriverError>([&] { driver.map(base, {extent}); }) &&
+                         throws<DriverError>([&] { driver.copy({}, base, base + 8, 8); }) &&
+                         throws<DriverError>([&] { driver.clear({}, base, 8); }) &&
                          throws<DriverError>([&] { driver.record_fence(Stream{}); }) &&
                          throws<DriverError>([&] { driver.export_handle(extent); }) &&
                          throws<DriverError>([&] { driver.import_handle({0, 0}, extent.bytes); });
@@ -261,6 +246,20 @@ bool passes_pipe(uintptr_t address, bool write_there) {
 
 }  // namespace
 
+bool Subject::writable(uintptr_t address) const {
+  return memory.write(address, 0x5a);
+}
+
+bool Subject::readable(uintptr_t address) const {
+  unsigned char value = 0;
+  return memory.read(address, &value);
+}
+
+Extent make_extent(VmmDriver& driver, size_t pages) {
+  const size_t bytes = pages * driver.page_bytes();
+  return {driver.create(bytes), bytes};
+}
+
 bool readable(uintptr_t address) {
   return passes_pipe(address, /*write_there=*/false);
 }
@@ -294,11 +293,7 @@ bool holds_in_child(const std::function<bool()>& body) {
 
 std::vector<Test> driver_contract(const std::string& prefix, const DriverFactory& open,
                                   const MemoryFactory& memory) {
-  struct Clause {
-    const char* name;
-    void (*run)(const Subject&);
-  };
-  const Clause clauses[] = {
+  std::vector<Clause> clauses = {
       {"says_what_it_is", says_what_it_is},
       {"reservations_are_aligned_and_apart", reservations_are_aligned_and_apart},
       {"a_run_lies_in_order_and_is_writable", a_run_lies_in_order_and_is_writable},
@@ -310,6 +305,7 @@ std::vector<Test> driver_contract(const std::string& prefix, const DriverFactory
       {"a_forked_child_is_refused_and_harmless", a_forked_child_is_refused_and_harmless},
       {"threads_do_not_disturb_each_other", threads_do_not_disturb_each_other},
   };
+  for (const Clause& clause : copy_clauses()) clauses.push_back(clause);
   std::vector<Test> tests;
   for (const Clause& clause : clauses) {
     tests.push_back({prefix + clause.name, [run = clause.run, open, memory] {

@@ -15,6 +15,24 @@ namespace vattn::test {
 using DriverFactory = std::function<std::shared_ptr<VmmDriver>()>;
 using MemoryFactory = std::function<Memory()>;
 
+// A driver, and how to reach its memory.
+struct Subject {
+  VmmDriver& driver;
+  const Memory& memory;
+
+  bool writable(uintptr_t address) const;  // true: the byte is now 0x5a
+  bool readable(uintptr_t address) const;
+};
+
+struct Clause {
+  const char* name;
+  void (*run)(const Subject&);
+};
+// Those on copy(), clear() and what memory holds at first.
+std::vector<Clause> copy_clauses();
+
+Extent make_extent(VmmDriver& driver, size_t pages);
+
 // One test per clause; each makes its own driver and leaves nothing behind. `prefix` goes in front
 // of the names.
 std::vector<Test> driver_contract(const std::string& prefix, const DriverFactory& open,

@@ -41,6 +41,7 @@ int main(int argc, char** argv) {
     DOUBLE(refuse_multi_set_access)(1);
     DOUBLE(refuse_multi_unmap)(1);
   });
+  append_on_double(&tests, "cuda, memory with leftovers: ", [] { DOUBLE(leave_leftovers)(1); });
   append_on_double(&tests, "cuda, through copies: ", [] {}, device_memory);
   return run_tests(tests, argc > 1 ? argv[1] : nullptr);
 }

@@ -6,44 +6,12 @@
 #include "base/units.h"
 #include "check.h"
 #include "driver_contract.h"
+#include "layout_text.h"
 
 using namespace vattn;
 using namespace vattn::test;
 
 namespace {
-
-std::string text(const std::array<int64_t, 4>& values) {
-  std::string out;
-  for (const int64_t value : values) out += (out.empty() ? "" : ",") + std::to_string(value);
-  return "[" + out + "]";
-}
-
-// "16 [rows,...] [strides]"
-std::string text(const TensorView& view) {
-  return std::to_string(view.offset) + " " + text(view.shape) + " " + text(view.strides);
-}
-
-// "token_bytes@offset+row_stride ..."
-std::string text(const std::vector<Region>& regions) {
-  std::string out;
-  for (const Region& region : regions) {
-    out += (out.empty() ? "" : " ") + std::to_string(region.token_bytes) + "@" +
-           std::to_string(region.offset) + "+" + std::to_string(region.row_stride);
-  }
-  return out;
-}
-
-LayoutSpec spec_of(LayoutKind kind, DimOrder order, const std::vector<LayerGroup>& groups) {
-  LayoutSpec spec;
-  spec.kind = kind;
-  spec.order = order;
-  spec.item_bytes = 2;
-  spec.max_batch_size = 2;
-  spec.max_seq_len = 4;
-  spec.page_bytes = 64;
-  spec.groups = groups;
-  return spec;
-}
 
 // Layers 0 and 2 have two heads of 4; layer 1 has one latent stripe of 8 and no V, as MLA does.
 std::vector<LayerGroup> mixed_groups() {

@@ -17,6 +17,17 @@ bool Ledger::mapped_in(uintptr_t base, size_t bytes) const {
   return next != mapped_.end() && next->first < base + bytes;
 }
 
+bool Ledger::mapped_throughout(uintptr_t base, size_t bytes) const {
+  auto next = mapped_.upper_bound(base);
+  if (next == mapped_.begin()) return false;
+  --next;
+  uintptr_t mapped_to = next->first + next->second.bytes;
+  for (++next; next != mapped_.end() && next->first == mapped_to; ++next) {
+    mapped_to += next->second.bytes;
+  }
+  return base + bytes <= mapped_to;
+}
+
 uintptr_t Ledger::reserve(size_t bytes) {
   const uintptr_t base = inner_->reserve(bytes);
   note([&] { counts_.reserved_bytes += bytes; });
@@ -80,6 +91,32 @@ bool Ledger::unmap(uintptr_t base, const std::vector<Extent>& run) noexcept {
     }
   });
   return true;
+}
+
+void Ledger::copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) {
+  bool allowed = true;
+  note([&] {
+    allowed = mapped_throughout(to, bytes) && mapped_throughout(from, bytes);
+    if (!allowed) violations_ += "copy: not mapped\n";
+    if (to < from + bytes && from < to + bytes) {
+      violations_ += "copy: the ranges overlap\n";
+      allowed = false;
+    }
+    ++counts_.copies;
+    counts_.copied_bytes += bytes;
+  });
+  if (allowed) inner_->copy(stream, to, from, bytes);
+}
+
+void Ledger::clear(Stream stream, uintptr_t base, size_t bytes) {
+  bool allowed = true;
+  note([&] {
+    allowed = mapped_throughout(base, bytes);
+    if (!allowed) violations_ += "clear: not mapped\n";
+    ++counts_.clears;
+    counts_.cleared_bytes += bytes;
+  });
+  if (allowed) inner_->clear(stream, base, bytes);
 }
 
 Fence Ledger::record_fence(Stream stream) {

@@ -26,6 +26,10 @@ struct LedgerCounts {
   size_t maps = 0;
   size_t unmaps = 0;
   size_t stream_waits = 0;
+  size_t copies = 0;
+  size_t copied_bytes = 0;
+  size_t clears = 0;
+  size_t cleared_bytes = 0;
 };
 
 class Ledger final : public VmmDriver {
@@ -45,10 +49,15 @@ class Ledger final : public VmmDriver {
   uintptr_t reserve(size_t bytes) override;
   void unreserve(uintptr_t base, size_t bytes) noexcept override;
   Handle create_after(Extent last, size_t bytes) override;
+  bool creates_zeroed() const noexcept override { return inner_->creates_zeroed(); }
   void release(Extent extent) noexcept override;
   void map(uintptr_t base, const std::vector<Extent>& run) override;
   bool unmap(uintptr_t base, const std::vector<Extent>& run) noexcept override;
   void populate(uintptr_t base, size_t bytes) noexcept override { inner_->populate(base, bytes); }
+
+  // What breaks a precondition goes no further: the host would crash on it.
+  void copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) override;
+  void clear(Stream stream, uintptr_t base, size_t bytes) override;
 
   Fence record_fence(Stream stream) override;
   bool fence_passed(Fence fence) override;
@@ -72,6 +81,7 @@ class Ledger final : public VmmDriver {
     function();
   }
   bool mapped_in(uintptr_t base, size_t bytes) const;
+  bool mapped_throughout(uintptr_t base, size_t bytes) const;
 
   const std::shared_ptr<VmmDriver> inner_;
   const ProcessBound process_;

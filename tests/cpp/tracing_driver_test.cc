@@ -7,6 +7,8 @@
 #include "base/errors.h"
 #include "base/units.h"
 #include "check.h"
+#include "double_control.h"
+#include "driver/cuda_driver.h"
 #include "driver/fault_driver.h"
 #include "driver/host_driver.h"
 #include "stderr_text.h"
@@ -59,6 +61,66 @@ void a_call_belongs_to_the_innermost_origin_of_its_thread() {
   CHECK_EQ(traced.counters(CallOrigin::kBackground, DriverCall::kCreate).count, uint64_t{2});
   CHECK_EQ(traced.counters(CallOrigin::kStep, DriverCall::kCreate).count, uint64_t{1});
   CHECK_EQ(traced.counters(CallOrigin::kOther, DriverCall::kCreate).count, uint64_t{1});
+}
+
+void copies_are_counted_and_remembered_with_their_bytes() {
+  Traced traced;
+  const uintptr_t base = traced.driver->reserve(kPage);
+  const Extent extent{traced.driver->create(kPage), kPage};
+  traced.driver->map(base, {extent});
+  traced.driver->copy(Stream{}, base, base + 100, 77);
+  traced.driver->clear(Stream{}, base, 33);
+  CHECK_EQ(traced.counters(CallOrigin::kOther, DriverCall::kCopy).count, uint64_t{1});
+  CHECK_EQ(traced.counters(CallOrigin::kOther, DriverCall::kClear).count, uint64_t{1});
+  const std::vector<std::string> lines = traced.driver->recent_calls();
+  CHECK(lines[3].find("call=copy by=other") == 0);
+  CHECK(lines[3].find("bytes=77") != std::string::npos);
+  CHECK(lines[4].find("call=clear by=other") == 0);
+  CHECK(lines[4].find("bytes=33") != std::string::npos);
+  CHECK(traced.driver->unmap(base, {extent}));
+  traced.driver->release(extent);
+  traced.driver->unreserve(base, kPage);
+}
+
+// A new call that is not in the table of names would shift all behind it.
+void every_call_has_the_name_of_its_function() {
+  CHECK_EQ(name_of(DriverCall::kReserve), std::string("reserve"));
+  CHECK_EQ(name_of(DriverCall::kCopy), std::string("copy"));
+  CHECK_EQ(name_of(DriverCall::kClear), std::string("clear"));
+  CHECK_EQ(name_of(DriverCall::kImportHandle), std::string("import_handle"));
+  CHECK_EQ(static_cast<size_t>(DriverCall::kImportHandle) + 1, kNumDriverCalls);
+}
+
+void copies_can_be_made_to_fail_and_then_do_nothing() {
+  Traced traced;
+  const uintptr_t base = traced.driver->reserve(kPage);
+  const Extent extent{traced.driver->create(kPage), kPage};
+  traced.driver->map(base, {extent});
+  auto* const bytes = reinterpret_cast<unsigned char*>(base);
+  bytes[0] = 7;
+  traced.faults->fail_from(1);
+  stderr_text([&] {
+    CHECK_THROWS(DriverError, traced.driver->copy(Stream{}, base, base + 1, 1),
+                 "copy failed (-1): injected fault");
+    CHECK_THROWS(DriverError, traced.driver->clear(Stream{}, base, 1),
+                 "clear failed (-1): injected fault");
+  });
+  traced.faults->disarm();
+  CHECK_EQ(int{bytes[0]}, 7);
+  CHECK_EQ(traced.faults->injected(), uint64_t{2});
+  for (const DriverCall call : {DriverCall::kCopy, DriverCall::kClear}) {
+    CHECK_EQ(traced.counters(CallOrigin::kOther, call).failed, uint64_t{1});
+  }
+  CHECK(traced.driver->unmap(base, {extent}));
+  traced.driver->release(extent);
+  traced.driver->unreserve(base, kPage);
+}
+
+// It decides whether freed memory has to be cleared, so no decorator may answer for the driver.
+void decorators_say_what_the_driver_says_of_new_memory() {
+  CHECK(Traced().driver->creates_zeroed());
+  DOUBLE(reset)();
+  CHECK(!trace_driver(inject_faults(open_cuda_driver(0)))->creates_zeroed());
 }
 
 void the_last_64_calls_are_remembered_oldest_first() {
@@ -117,6 +179,10 @@ int main(int argc, char** argv) {
   return run_tests(
       {TEST(every_call_is_counted_once_with_its_time),
        TEST(a_call_belongs_to_the_innermost_origin_of_its_thread),
+       TEST(copies_are_counted_and_remembered_with_their_bytes),
+       TEST(every_call_has_the_name_of_its_function),
+       TEST(copies_can_be_made_to_fail_and_then_do_nothing),
+       TEST(decorators_say_what_the_driver_says_of_new_memory),
        TEST(the_last_64_calls_are_remembered_oldest_first),
        TEST(a_failed_call_prints_those_before_it), TEST(running_out_of_memory_prints_nothing),
        TEST(faults_come_at_the_call_that_was_named)},

@@ -76,6 +76,11 @@ void vattn_double_refuse_posix_fd(int refuse) {
   state().options.refuse_posix_fd = refuse != 0;
 }
 
+void vattn_double_leave_leftovers(int leave) {
+  const Lock lock(mutex());
+  state().options.leave_leftovers = leave != 0;
+}
+
 void vattn_double_hide_symbol(const char* symbol) {
   const Lock lock(mutex());
   state().options.hidden_symbols.insert(symbol);
@@ -104,8 +109,7 @@ int vattn_double_stream_busy(uintptr_t stream) {
 
 void vattn_double_use_range(uintptr_t stream, uintptr_t base, size_t bytes) {
   const Lock lock(mutex());
-  if (!state().stream_busy(to_stream(stream))) return;  // that work is over already
-  state().streams[to_stream(stream)].uses.push_back({base, bytes});
+  state().note_use(to_stream(stream), base, bytes);
 }
 
 size_t vattn_double_live_handles() {

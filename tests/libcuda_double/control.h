@@ -28,6 +28,8 @@ void vattn_double_refuse_multi_set_access(int refuse);
 void vattn_double_refuse_multi_unmap(int refuse);
 void vattn_double_refuse_rdma(int refuse);
 void vattn_double_refuse_posix_fd(int refuse);
+// cuMemCreate hands out memory with leftovers: every byte is 0xdb.
+void vattn_double_leave_leftovers(int leave);
 // cuGetProcAddress no longer finds `symbol`.
 void vattn_double_hide_symbol(const char* symbol);
 // `call` fails with `code` `times` times, after `skip` calls that work.

@@ -9,6 +9,7 @@
 #define cuCtxPopCurrent cuCtxPopCurrent_v2
 #define cuMemGetInfo cuMemGetInfo_v2
 #define cuEventDestroy cuEventDestroy_v2
+#define cuMemcpyDtoDAsync cuMemcpyDtoDAsync_v2
 
 // For VATTN_CUDA_FUNCTIONS, inside extern "C".
 #define VATTN_DOUBLE_DECLARE(name, version, parameters) vattn::cuda::Result name parameters;

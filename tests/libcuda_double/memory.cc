@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <iterator>
 
 #include "exported.h"
@@ -30,6 +31,13 @@ void* place_nothing(DevicePtr base, size_t bytes) {
   const int fixed = base == 0 ? 0 : MAP_FIXED;
   return mmap(reinterpret_cast<void*>(base), bytes, PROT_NONE,
               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+}
+
+bool fill_with_leftovers(int fd, size_t bytes) {
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (memory == MAP_FAILED) return false;
+  std::memset(memory, 0xdb, bytes);
+  return munmap(memory, bytes) == 0;
 }
 
 // One memfd a handle: the usual soft limit of 1024 files is too low for that.
@@ -204,7 +212,8 @@ Result cuMemCreate(MemHandle* handle, size_t bytes, const MemAllocationProp* pro
   raise_file_limit();
   const int fd = memfd_create("vattn_double", MFD_CLOEXEC);
   if (fd < 0) return kErrorOutOfMemory;
-  if (ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
+  if (ftruncate(fd, static_cast<off_t>(bytes)) != 0 ||
+      (state.options.leave_leftovers && !fill_with_leftovers(fd, bytes))) {
     close(fd);
     return kErrorOutOfMemory;
   }
@@ -299,8 +308,15 @@ Result cuMemSetAccess(DevicePtr base, size_t bytes, const MemAccessDesc* desc, s
     return call.breach(kErrorInvalidDevice, "desc names another device than the current context");
   }
   if (mappings > 1 && call.state().options.refuse_multi_set_access) return kErrorInvalidValue;
-  const int result = mprotect(reinterpret_cast<void*>(base), bytes, PROT_READ | PROT_WRITE);
-  return result == 0 ? kSuccess : kErrorOutOfMemory;
+  if (mprotect(reinterpret_cast<void*>(base), bytes, PROT_READ | PROT_WRITE) != 0) {
+    return kErrorOutOfMemory;
+  }
+  for (DevicePtr at = base; at < base + bytes;) {
+    Mapping& mapping = call.state().mappings.at(at);
+    mapping.access = desc->location.id;
+    at += mapping.bytes;
+  }
+  return kSuccess;
 }
 
 Result cuMemExportToShareableHandle(void* shareable, MemHandle handle, int type,

@@ -70,6 +70,10 @@ void State::settle() {
   work_done().notify_all();
 }
 
+void State::note_use(StreamPtr stream, DevicePtr base, size_t bytes) {
+  if (stream_busy(stream)) streams[stream].uses.push_back({base, bytes});
+}
+
 const UsedRange* State::busy_use(DevicePtr base, size_t bytes) const {
   for (const auto& [id, stream] : streams) {
     if (!stream_busy(id)) continue;

@@ -44,6 +44,7 @@ struct Allocation {
 struct Mapping {
   size_t bytes;
   MemHandle handle;
+  Device access = -1;  // the device that may use it; -1: none yet
 };
 
 // What an event captured. Shared with the streams that wait for it: recording the event again
@@ -83,6 +84,7 @@ struct Options {
   bool refuse_multi_unmap = false;
   bool refuse_rdma = false;
   bool refuse_posix_fd = false;
+  bool leave_leftovers = false;
   bool deinitialized = false;
   std::set<std::string> hidden_symbols;
   std::map<std::string, Fault> faults;
@@ -110,6 +112,8 @@ struct State {
   bool stream_busy(StreamPtr stream) const;
   // Completes all work whose stream has nothing left to wait for.
   void settle();
+  // Work that is put into `stream` now, and so ends with it, uses the range.
+  void note_use(StreamPtr stream, DevicePtr base, size_t bytes);
   // The start of the stream's range that overlaps, or null when none is in use.
   const UsedRange* busy_use(DevicePtr base, size_t bytes) const;
   void drop_allocation_if_unused(MemHandle handle);

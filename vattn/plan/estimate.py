@@ -117,7 +117,7 @@ def vattn_policy(
     regions: Counter[int] = Counter()
     whole_token = 0
     for group in shape.layer_groups:
-        layers, heads, k_dim, v_dim = group.shape()
+        layers, heads, k_dim, v_dim, *_ = group.shape()
         # In order HND every head is a region of its own.
         parts, heads_here = (heads, 1) if order == "HND" else (1, heads)
         tensors = [heads_here * dim * item_bytes for dim in (k_dim, v_dim) if dim]

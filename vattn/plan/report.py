@@ -173,7 +173,7 @@ def _shape_lines(report: Report) -> list[str]:
     q, shape = report.question, report.question.shape
     groups = []
     for group in shape.layer_groups:
-        layers, heads, k_dim, v_dim = group.shape()
+        layers, heads, k_dim, v_dim, *_ = group.shape()
         what = f"{k_dim} (latent, no V)" if v_dim == 0 else f"{k_dim}"
         what = what if v_dim in (0, k_dim) else f"{k_dim}, V {v_dim}"
         groups.append(f"{len(layers)} layers x {heads} KV heads x {what}")
@@ -372,7 +372,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _group_json(group: LayerGroup) -> dict[str, Any]:
-    layers, heads, k_dim, v_dim = group.shape()
+    layers, heads, k_dim, v_dim, *_ = group.shape()
     return {"layers": layers, "num_kv_heads": heads, "head_dim": k_dim, "v_head_dim": v_dim}
 
 

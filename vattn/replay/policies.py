@@ -188,7 +188,7 @@ def region_bytes(config: CacheConfig, layout: str) -> Counter[int]:
     """
     regions: Counter[int] = Counter()
     for group in config.groups:
-        layers, heads, k_dim, v_dim = group.shape()
+        layers, heads, k_dim, v_dim, *_ = group.shape()
         for dim in (k_dim, v_dim):
             if dim:
                 regions[heads * dim * config.item_bytes] += len(layers)
