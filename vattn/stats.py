@@ -50,8 +50,9 @@ class CacheStats:
     peak_mapped_bytes : int
         Largest ``held_bytes - free_bytes`` of the pool so far.
     used_bytes : int
-        Tokens of active rows, those that rows share in each of them. ``used_bytes / mapped_bytes`` is the utilisation of what is mapped,
-        ``used_bytes / (mapped_bytes - reclaimable_bytes)`` of what other requests cannot have.
+        Tokens of active rows, shared ones in each of them. Where nothing is shared, ``used_bytes /
+        mapped_bytes`` is the utilisation of what is mapped, ``used_bytes / (mapped_bytes -
+        reclaimable_bytes)`` of what other requests cannot have.
     reserved_bytes : int
         Addresses, which cost nothing.
     rows_free, rows_active, rows_idle, rows_retiring : int

@@ -65,7 +65,7 @@ class WindowViews:
         ``torch.cat`` the window of before the step and the chunk's own keys and values, let the
         chunk attend to that, and write the chunk. Of a chunk or prompt longer than the window only
         the last ``window`` tokens have to be written (and those of the sink, see ``kv_sink``).
-        Those before them then never can be: do not cut the row to a length whose window has them.
+        Those before them then never can be: cutting the row to where its window has them fails.
 
         The start of a view differs from step to step, so a CUDA graph cannot hold it. The ring is
         that of [1]_; the sinks are those of [2]_.
@@ -151,11 +151,9 @@ class WindowViews:
 
     def _rows_of_one_length(self, rows: int | slice | Sequence[int] | None) -> tuple[slice, int]:
         """Return the rows as a slice, and the tokens that each of them has."""
-        if self._core.closed:
-            raise ValueError("the cache is closed; make a new one with vattn.init()")
         n_rows = self.config.max_batch_size
         chosen = slice(None) if rows is None else as_slice(rows, n_rows)
-        all_lens = self._core.seq_lens()
+        all_lens = self._core.seq_lens()  # raises if the cache is closed
         lens = {row: all_lens[row] for row in range(n_rows)[chosen]}
         first, n_tokens = next(iter(lens.items()), (0, 0))
         for row, n in lens.items():

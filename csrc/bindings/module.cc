@@ -174,8 +174,7 @@ using CacheClass = py::class_<KvCache, std::shared_ptr<KvCache>>;
 std::vector<int32_t> fork_rows(KvCache& cache, int64_t row, std::optional<int64_t> seq_len,
                                size_t n, uintptr_t stream) {
   std::vector<int32_t> rows;
-  for (const BatchIdx child :
-       cache.fork(row, seq_len.value_or(kAllTokens), n, static_cast<Stream>(stream))) {
+  for (const BatchIdx child : cache.fork(row, seq_len, n, static_cast<Stream>(stream))) {
     rows.push_back(static_cast<int32_t>(child));
   }
   return rows;

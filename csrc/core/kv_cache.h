@@ -44,8 +44,6 @@ struct KeptPrefix {
   size_t tokens;  // that are still what they were
 };
 
-constexpr int64_t kAllTokens = -1;
-
 class KvCache {
  public:
   // spec.page_bytes is the pool's. Tokens up to `lookahead` beyond each row's length are mapped by
@@ -72,11 +70,11 @@ class KvCache {
   // The same for some rows; the others keep their length.
   void step_rows(const std::vector<std::pair<int64_t, int64_t>>& row_and_len);
 
-  // `n` new rows with the first seq_len tokens of an active row, or kAllTokens. Memory that is
+  // `n` new rows with the first seq_len tokens of an active row, or all. Memory that is
   // shared is never written: step() makes a row's own what the row's next tokens would overwrite.
   // Throws OutOfRows, OutOfPages, std::invalid_argument, DriverError; then no active row has
   // changed.
-  std::vector<BatchIdx> fork(int64_t row, int64_t seq_len, size_t n, Stream stream);
+  std::vector<BatchIdx> fork(int64_t row, std::optional<int64_t> seq_len, size_t n, Stream stream);
   // The row has only its first seq_len tokens from now on. No driver call.
   // Throws std::invalid_argument; then nothing has changed.
   void truncate(int64_t row, int64_t seq_len);
@@ -95,8 +93,9 @@ class KvCache {
   std::vector<KeptPrefix> kept_prefixes() const;
   // No effect if the row's life is another.
   void forget_prefix(int64_t row, uint64_t life);
-  // Makes an idle row active again, with all the tokens that it kept: `tokens`. False: its life or
-  // their number is another, it is not idle, or it shares memory beyond them. Throws DriverError.
+  // Makes an idle row active again, with the first tokens that it kept and no others. False: its
+  // life is another, it keeps fewer, it is not idle, or it shares memory beyond them. Throws
+  // DriverError.
   bool adopt_prefix(int64_t row, uint64_t life, int64_t tokens, Stream stream);
   // A new row with the first tokens of a row that keeps as many, idle or active; fewer than asked
   // for where more than a page in each region would have to be copied, or a page is not to be had.
@@ -138,7 +137,7 @@ class KvCache {
     bool trim = false;       // when it is unmapped, free pages go back to the driver
     size_t pinned_tokens = 0;   // of an idle row that is being forked
     size_t writable_from = 0;   // no token from here on was shared when this was last looked up
-    size_t written_tokens = 0;  // the most since the row was empty: older ones left the rings
+    size_t written_tokens = 0;  // the most since the row was empty: others have left the rings
   };
   class StepLock;
 
@@ -147,6 +146,7 @@ class KvCache {
   void check_lens(const int64_t* seq_lens) const;
   size_t check_active(int64_t row) const;
   size_t shortest_in_rings(size_t row) const;
+  void note_long_chunks(const int64_t* seq_lens);
   void check_in_rings(size_t row, size_t tokens, const std::string& name) const;
   void check_conservation(std::vector<ExtentId> mapped) const;
 
@@ -162,11 +162,14 @@ class KvCache {
 
   void make_own(size_t row, Stream stream);
   void order_after_fence(size_t row, Stream stream);
+  void order_after_work(size_t row, Stream stream);
+  void order_streams(Stream earlier, Stream later);
   void start(size_t row, size_t tokens, size_t written, Stream stream) noexcept;
   bool shares_from(size_t row, size_t token);
   void share_rows(const std::vector<Share>& shares, Stream stream);
   std::vector<size_t> empty_rows(size_t n, size_t source);
   std::vector<BatchIdx> fork_rows(size_t from, size_t tokens, size_t n, Stream stream);
+  void note_copy(size_t from, const std::vector<Share>& shares, Stream stream);
   size_t check_shorter(int64_t row, int64_t seq_len) const;
   std::vector<Share> plan_reorder(const std::vector<int64_t>& rows,
                                   const std::vector<int64_t>& parents) const;

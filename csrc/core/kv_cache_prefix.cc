@@ -67,8 +67,7 @@ bool KvCache::adopt_prefix(int64_t index, uint64_t life, int64_t seq_len, Stream
   const size_t row = check_row(index);
   const auto tokens = static_cast<size_t>(seq_len);
   Row& r = row_[row];
-  if (!keeps(row, life, seq_len) || tokens != r.kept_tokens || r.state != RowState::kIdle ||
-      shares_from(row, tokens)) {
+  if (!keeps(row, life, seq_len) || r.state != RowState::kIdle || shares_from(row, tokens)) {
     return false;
   }
   order_after_fence(row, stream);
@@ -81,6 +80,12 @@ bool KvCache::adopt_prefix(int64_t index, uint64_t life, int64_t seq_len, Stream
   return true;
 }
 
+// Work in `stream` from now on comes after the work that has written the row's tokens.
+void KvCache::order_after_work(size_t row, Stream stream) {
+  if (row_[row].state != RowState::kActive) return order_after_fence(row, stream);
+  if (row_[row].stream != stream) order_streams(/*earlier=*/row_[row].stream, /*later=*/stream);
+}
+
 std::optional<std::pair<BatchIdx, size_t>> KvCache::fork_prefix(int64_t index, uint64_t life,
                                                                 int64_t seq_len, Stream stream) {
   process_.check_not_forked();
@@ -88,7 +93,7 @@ std::optional<std::pair<BatchIdx, size_t>> KvCache::fork_prefix(int64_t index, u
   check_usable();
   const size_t row = check_row(index);
   if (!keeps(row, life, seq_len)) return std::nullopt;
-  order_after_fence(row, stream);
+  order_after_work(row, stream);
   for (const size_t copied_pages : {1, 0}) {
     const size_t tokens = rows_.tokens_to_share(row, static_cast<size_t>(seq_len), copied_pages);
     if (tokens == 0) break;

@@ -34,6 +34,18 @@ void KvCache::wait_for_fence(size_t row) {
   drop_fence(row);
 }
 
+// Work in `later` from now on comes after the work in `earlier` so far.
+void KvCache::order_streams(Stream earlier, Stream later) {
+  const Fence fence = driver().record_fence(earlier);
+  try {
+    driver().stream_wait_fence(later, fence);
+  } catch (...) {
+    driver().release_fence(fence);
+    throw;
+  }
+  driver().release_fence(fence);
+}
+
 void KvCache::drop_fence(size_t row) noexcept {
   if (row_[row].fence != Fence::kNone) driver().release_fence(row_[row].fence);
   row_[row].fence = Fence::kNone;

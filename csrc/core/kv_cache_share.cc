@@ -89,6 +89,7 @@ std::vector<BatchIdx> KvCache::fork_rows(size_t from, size_t tokens, size_t n, S
     for (const size_t row : empty_rows(n, from)) shares.push_back({from, row, tokens, tokens});
     const size_t needed = n * rows_.pages_to_share({from, from, tokens, tokens});
     with_room(needed, seq_lens_.data(), [&] { share_rows(shares, stream); });
+    if (needed != 0) note_copy(from, shares, stream);
     for (const Share& share : shares) {
       start(share.to, tokens, row_[from].written_tokens, stream);
       children.push_back(static_cast<BatchIdx>(share.to));
@@ -102,6 +103,25 @@ std::vector<BatchIdx> KvCache::fork_rows(size_t from, size_t tokens, size_t n, S
   return children;
 }
 
+// The row's memory must stay where it is until what `stream` copies from it has been read.
+void KvCache::note_copy(size_t from, const std::vector<Share>& shares, Stream stream) {
+  Row& row = row_[from];
+  const bool active = row.state == RowState::kActive;
+  // What frees the row comes later in its own stream.
+  if (active && row.stream == stream) return;
+  try {
+    if (active) return order_streams(/*earlier=*/stream, /*later=*/row.stream);
+    const Fence fence = driver().record_fence(stream);
+    drop_fence(from);
+    row.fence = fence;
+    row.fence_stream = stream;
+  } catch (...) {
+    rows_.settle(stream);
+    for (const Share& share : shares) unmap_beyond(share.to, 0);
+    throw;
+  }
+}
+
 // A length that the row has or had, and can have again.
 size_t KvCache::check_shorter(int64_t row, int64_t seq_len) const {
   const size_t at = check_active(row);
@@ -113,12 +133,13 @@ size_t KvCache::check_shorter(int64_t row, int64_t seq_len) const {
   return at;
 }
 
-std::vector<BatchIdx> KvCache::fork(int64_t row, int64_t seq_len, size_t n, Stream stream) {
+std::vector<BatchIdx> KvCache::fork(int64_t row, std::optional<int64_t> seq_len, size_t n,
+                                    Stream stream) {
   process_.check_not_forked();
   const std::lock_guard<std::mutex> lock(mutex_);
   check_usable();
-  if (seq_len == kAllTokens) seq_len = seq_lens_[check_active(row)];
-  return fork_rows(check_shorter(row, seq_len), static_cast<size_t>(seq_len), n, stream);
+  const int64_t tokens = seq_len ? *seq_len : seq_lens_[check_active(row)];
+  return fork_rows(check_shorter(row, tokens), static_cast<size_t>(tokens), n, stream);
 }
 
 void KvCache::truncate(int64_t row, int64_t seq_len) {

@@ -71,6 +71,7 @@ bool KvCache::step_locked(const int64_t* seq_lens) {
     ++steps_with_growth_;
     ahead = true;
   }
+  if (!rings_.empty()) note_long_chunks(seq_lens);
   for (size_t row = 0; row < n_rows_; ++row) {
     seq_lens_[row] = seq_lens[row];
     used_tokens_[row] = std::max(used_tokens_[row], seq_lens[row]);
@@ -107,12 +108,24 @@ size_t KvCache::shortest_in_rings(size_t row) const {
   return shortest;
 }
 
+// Of more tokens than a window, the first are never written: as if others had overwritten them.
+void KvCache::note_long_chunks(const int64_t* seq_lens) {
+  for (size_t row = 0; row < n_rows_; ++row) {
+    const int64_t added = seq_lens[row] - seq_lens_[row];
+    for (const Region& ring : rings_) {
+      if (added <= static_cast<int64_t>(ring.window)) continue;
+      const size_t as_if = static_cast<size_t>(seq_lens[row]) + ring.capacity() - ring.window;
+      row_[row].written_tokens = std::max(row_[row].written_tokens, as_if);
+    }
+  }
+}
+
 void KvCache::check_in_rings(size_t row, size_t tokens, const std::string& name) const {
   const size_t shortest = shortest_in_rings(row);
   if (tokens != 0 && tokens < shortest) {
-    throw std::invalid_argument(name + ", but after " + std::to_string(row_[row].written_tokens) +
-                                " tokens the window of fewer than " + std::to_string(shortest) +
-                                " is overwritten; use a larger window, or free the row");
+    throw std::invalid_argument(name + ", but the row's window at fewer than " +
+                                std::to_string(shortest) +
+                                " tokens is overwritten; use a larger window, or free the row");
   }
 }
 

@@ -72,9 +72,10 @@ struct Region {
   // The shortest length, but 0, that a row which had `written` tokens can be cut to: its window
   // must not reach back to tokens that others have overwritten.
   size_t shortest_after(size_t written) const {
-    const size_t capacity = ring_bytes / token_bytes;
-    return written <= sink() + capacity ? 0 : written - capacity + window;
+    return written <= sink() + capacity() ? 0 : written - capacity() + window;
   }
+  // Tokens of the ring.
+  size_t capacity() const { return ring_bytes / token_bytes; }
   // Bytes from the start of the row's range to the token.
   size_t offset_of(size_t token) const {
     if (!has_window() || token < sink()) return lead_bytes + token * token_bytes;

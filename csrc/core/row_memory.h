@@ -111,6 +111,9 @@ class RowMemory {
   // Zeros what the row has from `token` on, in the order of `stream`. Throws DriverError.
   // pre: nothing of it is shared.
   void clear(size_t row, size_t token, Stream stream);
+  // Waits for the work in `stream`, or logs that it could not: after a failure, so that no copy
+  // writes to memory that is about to go.
+  void settle(Stream stream) noexcept;
   // Tries again to unmap what the driver refused to take out of a staging range.
   void unmap_staging() noexcept;
 
@@ -190,7 +193,6 @@ class RowMemory {
   void fill(const Splice& splice, uintptr_t at, Stream stream);
   void fill_in_place(std::vector<Splice>& splices, Stream stream);
   void fill_staged(const std::vector<Splice>& splices, Stream stream);
-  void settle(Stream stream) noexcept;
   void leave(Staging& staging) noexcept;
   void replace(std::vector<Splice>& splices);
   void put_in(Splice& splice);

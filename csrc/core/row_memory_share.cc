@@ -198,7 +198,6 @@ void RowMemory::fill_staged(const std::vector<Splice>& splices, Stream stream) {
   leave(staging);
 }
 
-// After a failure: nothing that was submitted writes to memory that is about to go.
 void RowMemory::settle(Stream stream) noexcept {
   try {
     wait_for(stream);
@@ -284,26 +283,24 @@ void RowMemory::put_back(Splice& splice) noexcept {
     exchange(splice);
     splice.put_in = false;
   }
-  if (!splice.taken_out) return;
   RegionState& s = state(splice.row, splice.region);
   try {
-    if (splice.keep < s.extents.size()) {
+    if (splice.taken_out && splice.keep < s.extents.size()) {
       pool_->driver().map(address(splice.row, splice.region, splice.keep_pages),
                           run_of(s.extents, splice.keep));
     }
   } catch (const DriverError& error) {
-    log_line(LogLevel::kError, "row %zu lost its pages from %zu on: %s", splice.row,
+    log_line(LogLevel::kError, "pages lost row=%zu from page=%zu: %s", splice.row,
              splice.keep_pages, error.what());
     give_back(s.extents, splice.keep);
     s.pages = splice.keep_pages;
-    return;
   }
   try {
-    if (is_ring(splice.region) && s.pages == ring_end(splice.region)) {
+    if (is_ring(splice.region) && s.pages == ring_end(splice.region) && !s.doubled) {
       map_ring_again(splice.row, splice.region);
     }
   } catch (const DriverError& error) {
-    log_line(LogLevel::kError, "row %zu lost the second mapping of a ring: %s", splice.row,
+    log_line(LogLevel::kError, "second mapping of a ring lost row=%zu: %s", splice.row,
              error.what());
   }
 }

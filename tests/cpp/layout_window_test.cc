@@ -163,6 +163,27 @@ void the_last_tokens_and_the_sink_are_contiguous_at_every_length() {
   }
 }
 
+void a_row_can_be_cut_to_the_lengths_whose_window_is_not_overwritten() {
+  std::mt19937 random(7);
+  for (int round = 0; round < 100; ++round) {
+    LayoutSpec spec = random_spec(random);
+    spec.groups.resize(1);
+    const auto [window, sink] = windows_of(spec)[0];
+    if (window == 0) continue;
+    for (const Region& region : make_layout(spec).regions) {
+      CHECK_EQ(region.window, window);
+      RingMemory memory(region);
+      for (size_t n = 1; n <= spec.max_seq_len; ++n) {
+        memory.write(n - 1);
+        for (size_t cut = sink + 1; cut <= n; ++cut) {
+          const size_t first = std::max(sink, cut - std::min(cut, window));
+          CHECK_EQ(cut >= region.shortest_after(n), memory.holds(first, cut));
+        }
+      }
+    }
+  }
+}
+
 void head_and_ring_are_no_larger_than_the_pages_they_need() {
   std::mt19937 random(4);
   for (int round = 0; round < 300; ++round) {
@@ -302,6 +323,7 @@ int main(int argc, char** argv) {
                     TEST(the_other_layouts_have_a_ring_in_every_region_of_the_layer),
                     TEST(a_token_that_does_not_divide_the_ring_starts_elsewhere_in_each_lap),
                     TEST(the_last_tokens_and_the_sink_are_contiguous_at_every_length),
+                    TEST(a_row_can_be_cut_to_the_lengths_whose_window_is_not_overwritten),
                     TEST(head_and_ring_are_no_larger_than_the_pages_they_need),
                     TEST(rows_and_regions_share_no_page),
                     TEST(a_view_spans_every_window_and_starts_with_token_0),
