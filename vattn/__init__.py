@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vattn.cache import KVCache, init
 from vattn.config import CacheConfig, LayerGroup
 from vattn.errors import DriverError, OutOfPagesError, OutOfRowsError
+from vattn.prefix import PrefixCache, PrefixMatch, PrefixStats
 from vattn.stats import CacheStats, CallStats
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ __all__ = [
     "LayerGroup",
     "OutOfPagesError",
     "OutOfRowsError",
+    "PrefixCache",
+    "PrefixMatch",
+    "PrefixStats",
     "VAttnCache",
     "init",
 ]

@@ -52,8 +52,8 @@ class Sharing:
             How many new rows. Free rows are taken first; then idle rows lose their memory, the
             oldest first.
         stream : torch.cuda.Stream or int, optional
-            Stream whose work has written the row's tokens and will use the new rows: the copy is
-            submitted to it. torch's current one by default.
+            Stream that will use the new rows: the copy is submitted to it. Its work from now on
+            comes after the work so far in the row's own stream. torch's current one by default.
 
         Returns
         -------

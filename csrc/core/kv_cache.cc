@@ -194,7 +194,7 @@ size_t KvCache::trim() {
   process_.check_not_forked();
   const std::lock_guard<std::mutex> lock(mutex_);
   check_usable();
-  for (const size_t row : idle_rows_oldest_first()) {
+  for (const size_t row : idle_rows_by_loss()) {
     row_[row].state = RowState::kRetiring;
     row_[row].trim = true;
   }

@@ -185,7 +185,7 @@ class KvCache {
   void wait_for_fence(size_t row);
   void drop_fence(size_t row) noexcept;
   size_t unmap_beyond(size_t row, size_t tokens) noexcept;
-  std::vector<size_t> idle_rows_oldest_first() const;
+  std::vector<size_t> idle_rows_by_loss() const;
   size_t retire_ready();
 
   BackgroundThread::Next background_work() noexcept;

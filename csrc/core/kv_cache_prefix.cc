@@ -21,9 +21,12 @@ uint64_t KvCache::keep_prefix(int64_t index, int64_t tokens) {
                                 std::to_string(index) + " has " + std::to_string(seq_lens_[row]) +
                                 "; keep 1 to as many");
   }
-  row_[row].kept_tokens = static_cast<size_t>(tokens);
+  Row& r = row_[row];
+  // Whoever was promised more before than is left must not take the new tokens for the old ones.
+  if (static_cast<size_t>(tokens) > r.kept_tokens) r.life = ++n_lives_;
+  r.kept_tokens = static_cast<size_t>(tokens);
   note_length(row);
-  return row_[row].life;
+  return r.life;
 }
 
 std::vector<KeptPrefix> KvCache::kept_prefixes() const {

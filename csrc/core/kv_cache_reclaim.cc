@@ -8,15 +8,18 @@
 
 namespace vattn {
 
-std::vector<size_t> KvCache::idle_rows_oldest_first() const {
+// Those that keep a prefix last; the oldest before the others.
+std::vector<size_t> KvCache::idle_rows_by_loss() const {
   std::vector<size_t> rows;
   for (size_t row = 0; row < n_rows_; ++row) {
     if (row_[row].state == RowState::kIdle || row_[row].state == RowState::kRetiring) {
       rows.push_back(row);
     }
   }
-  std::sort(rows.begin(), rows.end(),
-            [this](size_t a, size_t b) { return row_[a].freed_at < row_[b].freed_at; });
+  const auto loss = [this](size_t row) {
+    return std::pair{row_[row].kept_tokens != 0, row_[row].freed_at};
+  };
+  std::sort(rows.begin(), rows.end(), [&](size_t a, size_t b) { return loss(a) < loss(b); });
   return rows;
 }
 
@@ -103,9 +106,15 @@ size_t KvCache::reclaim_from(size_t row, size_t n_pages, const int64_t* seq_lens
 // Memory that costs least to lose first. Pages given back; less than n_pages if there are no more.
 size_t KvCache::reclaim(size_t n_pages, const int64_t* seq_lens) {
   size_t got = 0;
+  // First what idle rows have behind the prefix that they keep: nobody can find it again.
+  for (const size_t row : idle_rows_by_loss()) {
+    if (got >= n_pages) return got;
+    const size_t keep = std::max(tokens_to_keep(row, seq_lens), row_[row].kept_tokens);
+    if (fence_passed(row)) got += unmap_beyond(row, keep);
+  }
   // After the idle rows, what lies beyond the tokens of active ones: no request has touched it,
   // unless it is left over from the request that had the row before and is still on the device.
-  std::vector<size_t> rows = idle_rows_oldest_first();
+  std::vector<size_t> rows = idle_rows_by_loss();
   for (size_t row = 0; row < n_rows_; ++row) {
     if (row_[row].state == RowState::kActive) rows.push_back(row);
   }
@@ -182,17 +191,21 @@ size_t KvCache::tokens_to_prefetch(size_t row) const {
 bool KvCache::reclaim_spare(size_t n_pages) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) return false;
-  std::vector<size_t> rows = idle_rows_oldest_first();
+  std::vector<size_t> rows = idle_rows_by_loss();
   for (size_t row = 0; row < n_rows_; ++row) {
     if (row_[row].state == RowState::kActive) rows.push_back(row);
   }
-  for (const size_t row : rows) {
-    const size_t keep = std::max(tokens_to_prefetch(row), rows_.tokens_without(row, n_pages));
-    if (rows_.pages_beyond(row, keep) == 0 || !fence_passed(row)) continue;
-    const size_t before = rows_.mapped_pages(row);
-    unmap_beyond(row, keep);
-    // Even if none of them came free, because others have them too: there may be more behind.
-    if (rows_.mapped_pages(row) < before) return true;
+  for (const bool kept_too : {false, true}) {
+    for (const size_t row : rows) {
+      const size_t kept = kept_too || row_[row].state == RowState::kActive ? tokens_to_prefetch(row)
+                                                                           : row_[row].kept_tokens;
+      const size_t keep = std::max(kept, rows_.tokens_without(row, n_pages));
+      if (rows_.pages_beyond(row, keep) == 0 || !fence_passed(row)) continue;
+      const size_t before = rows_.mapped_pages(row);
+      unmap_beyond(row, keep);
+      // Even if none of them came free, because others have them too: there may be more behind.
+      if (rows_.mapped_pages(row) < before) return true;
+    }
   }
   return false;
 }

@@ -139,7 +139,9 @@ std::vector<BatchIdx> KvCache::fork(int64_t row, std::optional<int64_t> seq_len,
   const std::lock_guard<std::mutex> lock(mutex_);
   check_usable();
   const int64_t tokens = seq_len ? *seq_len : seq_lens_[check_active(row)];
-  return fork_rows(check_shorter(row, tokens), static_cast<size_t>(tokens), n, stream);
+  const size_t from = check_shorter(row, tokens);
+  order_after_work(from, stream);
+  return fork_rows(from, static_cast<size_t>(tokens), n, stream);
 }
 
 void KvCache::truncate(int64_t row, int64_t seq_len) {

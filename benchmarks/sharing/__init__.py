@@ -1,0 +1,1 @@
+"""What sharing saves and costs, beside the ideal and beside copying: ``-m benchmarks.sharing``."""
