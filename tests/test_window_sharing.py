@@ -176,3 +176,29 @@ def test_what_needs_all_tokens_is_refused(make_cache, backend):
         vattn.PrefixCache(model.cache)
     model.check(row)
     assert torch.is_tensor(model.cache.kv_window(0, rows=row)[0])
+
+
+def test_a_row_cannot_be_cut_to_where_a_long_chunk_left_a_hole(make_cache, backend):
+    model = Model(make_cache, backend, window=10, max_seq_len=1000)
+    row = model.alloc()
+    model.step(row, 50)  # tokens 40 to 49 are written, the others never
+    with pytest.raises(ValueError, match="fewer than 50"):
+        model.cache.truncate(row, 49)
+    model.step(row, 53)
+    model.cache.truncate(row, 51)
+    cut(model, row, 51)
+    model.check(row)
+
+
+def test_a_chunk_that_is_long_for_one_window_only_can_be_forked(backend):
+    window = [
+        vattn.LayerGroup(layers=[0], num_kv_heads=1, head_dim=8, window=500),
+        vattn.LayerGroup(layers=[1], num_kv_heads=1, head_dim=8, window=9, sink=2),
+    ]
+    shape = {"num_layers": 2, "num_kv_heads": None, "head_dim": None, "layer_groups": window}
+    with vattn.init(backend.config(**shape)) as cache:
+        row = cache.alloc()
+        cache.step({row: 11})
+        cache.truncate(row, 10)
+        cache.step({row: 511})
+        assert len(cache.fork(row)) == 1

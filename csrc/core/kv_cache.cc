@@ -98,7 +98,7 @@ BatchIdx KvCache::alloc(int64_t seq_len, Stream stream) {
                     " rows are active; free one, or raise max_batch_size");
   }
   make_own(*chosen, stream);
-  start(*chosen, /*tokens=*/0, /*written=*/0, stream);
+  start(*chosen, /*tokens=*/0, {}, stream);
   row_[*chosen].hint_tokens = static_cast<size_t>(seq_len);
   refresh(*chosen);
   if (next_prefetch() || fits_badly(*chosen)) background_->wake();
@@ -126,14 +126,14 @@ void KvCache::order_after_fence(size_t row, Stream stream) {
 }
 
 // A row's life begins, with tokens that another row has written or none.
-void KvCache::start(size_t row, size_t tokens, size_t written, Stream stream) noexcept {
+void KvCache::start(size_t row, size_t tokens, RingHistory rings, Stream stream) noexcept {
   Row& r = row_[row];
   r.state = RowState::kActive;
   r.stream = stream;
   r.life = ++n_lives_;
   r.kept_tokens = 0;
   r.hint_tokens = 0;
-  r.written_tokens = written;
+  r.rings = rings;
   seq_lens_[row] = used_tokens_[row] = static_cast<int64_t>(tokens);
   refresh(row);
 }
@@ -181,7 +181,8 @@ void KvCache::note_length(size_t row) {
   if (r.state != RowState::kActive) return;
   const auto length = static_cast<size_t>(seq_lens_[row]);
   r.kept_tokens = std::min(r.kept_tokens, length);
-  r.written_tokens = length == 0 ? 0 : std::max(r.written_tokens, length);
+  if (length == 0) r.rings = {};
+  r.rings.most_tokens = std::max(r.rings.most_tokens, length);
   // The next token would be seen by others: to be dealt with first.
   const bool shared = length < r.writable_from;
   limits_[row] =

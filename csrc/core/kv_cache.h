@@ -125,6 +125,11 @@ class KvCache {
   void check() const;
 
  private:
+  // What a row's rings have gone through since it was empty.
+  struct RingHistory {
+    size_t most_tokens = 0;
+    size_t long_chunk_end = 0;  // of a step that added more than a window: it left out some
+  };
   struct Row {
     RowState state = RowState::kFree;
     Fence fence = Fence::kNone;  // of the last request that was freed here
@@ -135,9 +140,9 @@ class KvCache {
     uint64_t life = 0;       // of the tokens that are in it
     size_t kept_tokens = 0;  // that must stay what they are while memory allows; see keep_prefix()
     bool trim = false;       // when it is unmapped, free pages go back to the driver
-    size_t pinned_tokens = 0;   // of an idle row that is being forked
-    size_t writable_from = 0;   // no token from here on was shared when this was last looked up
-    size_t written_tokens = 0;  // the most since the row was empty: others have left the rings
+    size_t pinned_tokens = 0;  // of an idle row that is being forked
+    size_t writable_from = 0;  // no token from here on was shared when this was last looked up
+    RingHistory rings;
   };
   class StepLock;
 
@@ -164,7 +169,7 @@ class KvCache {
   void order_after_fence(size_t row, Stream stream);
   void order_after_work(size_t row, Stream stream);
   void order_streams(Stream earlier, Stream later);
-  void start(size_t row, size_t tokens, size_t written, Stream stream) noexcept;
+  void start(size_t row, size_t tokens, RingHistory rings, Stream stream) noexcept;
   bool shares_from(size_t row, size_t token);
   void share_rows(const std::vector<Share>& shares, Stream stream);
   std::vector<size_t> empty_rows(size_t n, size_t source);

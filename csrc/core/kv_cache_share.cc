@@ -91,7 +91,7 @@ std::vector<BatchIdx> KvCache::fork_rows(size_t from, size_t tokens, size_t n, S
     with_room(needed, seq_lens_.data(), [&] { share_rows(shares, stream); });
     if (needed != 0) note_copy(from, shares, stream);
     for (const Share& share : shares) {
-      start(share.to, tokens, row_[from].written_tokens, stream);
+      start(share.to, tokens, row_[from].rings, stream);
       children.push_back(static_cast<BatchIdx>(share.to));
     }
   } catch (...) {
@@ -183,14 +183,14 @@ void KvCache::reorder(const std::vector<int64_t>& rows, const std::vector<int64_
   const std::vector<Share> shares = plan_reorder(rows, parents);
   if (shares.empty()) return;
   size_t needed = 0;
-  std::vector<size_t> written;
+  std::vector<RingHistory> rings;
   for (const Share& share : shares) {
     needed += rows_.pages_to_share(share);
-    written.push_back(row_[share.from].written_tokens);
+    rings.push_back(row_[share.from].rings);
   }
   with_room(needed, seq_lens_.data(), [&] { share_rows(shares, stream); });
   for (size_t i = 0; i < shares.size(); ++i) {
-    start(shares[i].to, shares[i].tokens, written[i], stream);
+    start(shares[i].to, shares[i].tokens, rings[i], stream);
   }
 }
 

@@ -101,21 +101,23 @@ void KvCache::check_lens(const int64_t* seq_lens) const {
 
 // The shortest length, but 0, whose window no ring has overwritten.
 size_t KvCache::shortest_in_rings(size_t row) const {
-  size_t shortest = 0;
+  const RingHistory& history = row_[row].rings;
+  size_t shortest = history.long_chunk_end;
   for (const Region& ring : rings_) {
-    shortest = std::max(shortest, ring.shortest_after(row_[row].written_tokens));
+    shortest = std::max(shortest, ring.shortest_after(history.most_tokens));
   }
   return shortest;
 }
 
-// Of more tokens than a window, the first are never written: as if others had overwritten them.
+// Of more tokens than a window, the first are never written.
 void KvCache::note_long_chunks(const int64_t* seq_lens) {
   for (size_t row = 0; row < n_rows_; ++row) {
-    const int64_t added = seq_lens[row] - seq_lens_[row];
+    const auto before = static_cast<size_t>(seq_lens_[row]);
+    const auto after = static_cast<size_t>(seq_lens[row]);
     for (const Region& ring : rings_) {
-      if (added <= static_cast<int64_t>(ring.window)) continue;
-      const size_t as_if = static_cast<size_t>(seq_lens[row]) + ring.capacity() - ring.window;
-      row_[row].written_tokens = std::max(row_[row].written_tokens, as_if);
+      if (after > std::max(before, ring.sink()) + ring.window) {
+        row_[row].rings.long_chunk_end = after;
+      }
     }
   }
 }
