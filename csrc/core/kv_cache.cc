@@ -114,7 +114,22 @@ void KvCache::make_own(size_t row, Stream stream) {
   } else {
     order_after_fence(row, stream);
   }
-  if (scrub_ == Scrub::kOnReuse) rows_.clear(row, row_[row].writable_from, stream);
+  if (scrub_ == Scrub::kOnReuse) scrub_row(row, row_[row].writable_from, stream);
+}
+
+// Zeros what an idle row has from `token` on. It stays where it is until that is done.
+void KvCache::scrub_row(size_t row, size_t token, Stream stream) {
+  if (rows_.mapped_pages(row) == 0) return;
+  try {
+    rows_.clear(row, token, stream);
+    const Fence fence = driver().record_fence(stream);
+    drop_fence(row);
+    row_[row].fence = fence;
+    row_[row].fence_stream = stream;
+  } catch (...) {
+    rows_.settle(stream);
+    throw;
+  }
 }
 
 // Work in `stream` from now on comes after the work that was using the row before.

@@ -166,6 +166,7 @@ class KvCache {
   void note_pages(size_t row);
 
   void make_own(size_t row, Stream stream);
+  void scrub_row(size_t row, size_t token, Stream stream);
   void order_after_fence(size_t row, Stream stream);
   void order_after_work(size_t row, Stream stream);
   void order_streams(Stream earlier, Stream later);

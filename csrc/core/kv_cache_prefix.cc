@@ -74,7 +74,7 @@ bool KvCache::adopt_prefix(int64_t index, uint64_t life, int64_t seq_len, Stream
     return false;
   }
   order_after_fence(row, stream);
-  if (scrub_ == Scrub::kOnReuse) rows_.clear(row, tokens, stream);
+  if (scrub_ == Scrub::kOnReuse) scrub_row(row, tokens, stream);
   start(row, tokens, {}, stream);
   r.life = life;
   r.kept_tokens = tokens;

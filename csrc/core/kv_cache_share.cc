@@ -5,7 +5,6 @@
 #include <tuple>
 
 #include "base/errors.h"
-#include "base/log.h"
 #include "core/kv_cache.h"
 
 namespace vattn {
@@ -25,28 +24,27 @@ bool KvCache::shares_from(size_t row, size_t token) {
   return writable_from > token;
 }
 
-// All or nothing.
+// All or nothing, unless the driver refuses to undo what it did: then tokens are lost.
 void KvCache::share_rows(const std::vector<Share>& shares, Stream stream) {
+  const auto note = [&] {
+    for (const Share& share : shares) {
+      for (const size_t row : {share.from, share.to}) {
+        row_[row].writable_from = rows_.writable_from(row);
+        note_pages(row);
+      }
+    }
+  };
   try {
     rows_.share(shares, stream);
   } catch (...) {
     for (const Share& share : shares) {
-      note_pages(share.to);
-      const size_t mapped = rows_.mapped_tokens(share.to);
-      if (static_cast<size_t>(seq_lens_[share.to]) <= mapped) continue;
-      log_line(LogLevel::kError, "tokens lost row=%zu left=%zu of=%zu", share.to, mapped,
-               static_cast<size_t>(seq_lens_[share.to]));
-      seq_lens_[share.to] = used_tokens_[share.to] = static_cast<int64_t>(mapped);
-      note_length(share.to);
+      const size_t intact = std::min<size_t>(rows_.first_lost_token(share.to), INT64_MAX);
+      seq_lens_[share.to] = std::min(seq_lens_[share.to], static_cast<int64_t>(intact));
     }
+    note();
     throw;
   }
-  for (const Share& share : shares) {
-    for (const size_t row : {share.from, share.to}) {
-      row_[row].writable_from = rows_.writable_from(row);
-      refresh(row);
-    }
-  }
+  note();
 }
 
 // Rows without memory, for tokens of others: free ones, or idle ones that lose theirs, oldest first

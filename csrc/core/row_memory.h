@@ -101,10 +101,12 @@ class RowMemory {
   size_t pages_to_share(const Share& share) const;
   // All at once: a row may be `from` in one and `to` in another. Copies are in the order of
   // `stream`. If a row `to` has memory, waits for the work in `stream`. All or nothing: throws
-  // OutOfPages or DriverError. Only if the driver refuses to undo what it did, a row ends before
-  // its tokens do: mapped_tokens() says where. pre: where `to` has memory, only work in `stream`
-  // uses it.
+  // OutOfPages or DriverError. Only if the driver refuses to undo what it did, a row loses
+  // tokens: first_lost_token() says from where on. pre: where `to` has memory, only work in
+  // `stream` uses it.
   void share(const std::vector<Share>& shares, Stream stream);
+  // First token that the row lost in the last share(), which failed; SIZE_MAX if none.
+  size_t first_lost_token(size_t row) const;
   // Copies tokens [from, from + n) to `to`, in the order of `stream`. Throws DriverError.
   // pre: to + n <= from, everything is mapped, and nothing before `to` + n is shared from `to` on.
   void move_tokens(size_t row, size_t to, size_t from, size_t n, Stream stream);
@@ -197,6 +199,7 @@ class RowMemory {
   void replace(std::vector<Splice>& splices);
   void put_in(Splice& splice);
   void put_back(Splice& splice) noexcept;
+  void note_lost(const Splice& splice, const char* what) noexcept;
   void exchange(Splice& splice) noexcept;
 
   const std::shared_ptr<Pool> pool_;
@@ -207,6 +210,7 @@ class RowMemory {
   std::vector<RegionState> states_;  // [row][region]
   std::vector<Extent> scratch_;      // a run for the driver; room for the extents of any region
   std::vector<Staging> stuck_;       // what the driver refused to unmap; a reference each
+  std::vector<std::pair<size_t, size_t>> lost_;  // rows, and from which token on
   size_t aliased_pages_ = 0;
 };
 

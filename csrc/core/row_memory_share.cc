@@ -123,6 +123,8 @@ void RowMemory::share(const std::vector<Share>& shares, Stream stream) {
   unmap_staging();
   std::vector<Splice> splices;
   splices.reserve(shares.size() * n_regions_);
+  lost_.clear();
+  lost_.reserve(shares.size() * n_regions_);
   try {
     // A row in use cannot be filled where it is: a copy may come from what it has now.
     bool in_use = false;
@@ -279,7 +281,9 @@ void RowMemory::exchange(Splice& splice) noexcept {
 // What the driver refuses to take out again stays, and what it refuses to put in again is lost.
 void RowMemory::put_back(Splice& splice) noexcept {
   if (splice.put_in) {
-    if (!take_out(splice.row, splice.region, splice.keep, splice.keep_pages)) return;
+    if (!take_out(splice.row, splice.region, splice.keep, splice.keep_pages)) {
+      return note_lost(splice, "the driver refused to unmap");
+    }
     exchange(splice);
     splice.put_in = false;
   }
@@ -290,19 +294,31 @@ void RowMemory::put_back(Splice& splice) noexcept {
                           run_of(s.extents, splice.keep));
     }
   } catch (const DriverError& error) {
-    log_line(LogLevel::kError, "pages lost row=%zu from page=%zu: %s", splice.row,
-             splice.keep_pages, error.what());
     give_back(s.extents, splice.keep);
     s.pages = splice.keep_pages;
+    return note_lost(splice, error.what());
   }
   try {
     if (is_ring(splice.region) && s.pages == ring_end(splice.region) && !s.doubled) {
       map_ring_again(splice.row, splice.region);
     }
   } catch (const DriverError& error) {
-    log_line(LogLevel::kError, "second mapping of a ring lost row=%zu: %s", splice.row,
-             error.what());
+    note_lost(splice, error.what());
   }
+}
+
+void RowMemory::note_lost(const Splice& splice, const char* what) noexcept {
+  const size_t token = is_ring(splice.region) ? 0 : tokens_in(splice.region, splice.keep_pages);
+  log_line(LogLevel::kError, "tokens lost row=%zu from=%zu: %s", splice.row, token, what);
+  lost_.emplace_back(splice.row, token);
+}
+
+size_t RowMemory::first_lost_token(size_t row) const {
+  size_t first = SIZE_MAX;
+  for (const auto& [lost_row, token] : lost_) {
+    if (lost_row == row) first = std::min(first, token);
+  }
+  return first;
 }
 
 void RowMemory::move_tokens(size_t row, size_t to, size_t from, size_t n, Stream stream) {
