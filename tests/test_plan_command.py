@@ -112,13 +112,13 @@ def test_a_trace_on_disk_is_read(model: Path, plan: Callable[..., Any], tmp_path
 # What is said.
 
 
-def test_a_window_is_said_to_save_nothing_yet(tmp_path: Path, plan: Callable[..., Any]) -> None:
+def test_what_a_window_would_save_is_said(tmp_path: Path, plan: Callable[..., Any]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG | {"model_type": "mistral", "sliding_window": 64}))
     result = plan("--model", path, "--memory", "1GiB", "--length-distribution", "fixed:256")
     note = next(note for note in result["notes"] if "see only the last" in note)
     assert "2 of 2 layers see only the last 64 tokens" in note
-    assert "would need 64 KiB instead of 256 KiB on average (75% less)" in note
+    assert "would need 64 KiB and its pages instead of 256 KiB on average (75% less)" in note
 
 
 def test_copied_heads_are_said(model: Path, plan: Callable[..., Any]) -> None:

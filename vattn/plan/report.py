@@ -114,16 +114,16 @@ def _group(group: LayerGroup) -> str:
 
 
 def _window_note(question: Question) -> str:
-    """Say what layers with a window keep today, and what they would need; empty without windows."""
+    """Say what layers with a window need if only it is kept; empty without windows."""
     q = question
     with_window = [w for w in q.shape.windows if w is not None]
     if not with_window:
         return ""
-    today = needed = 0.0
+    kept = needed = 0.0
     tokens = q.max_seq_len if q.lengths is None else q.lengths.mean_tokens
     layer_bytes = q.shape.layer_token_bytes(q.item_bytes)
     for window, token_bytes in zip(q.shape.windows, layer_bytes, strict=True):
-        today += tokens * token_bytes
+        kept += tokens * token_bytes
         if window is None:
             needed += tokens * token_bytes
         elif q.lengths is None:
@@ -134,9 +134,9 @@ def _window_note(question: Question) -> str:
     where = f"at {q.max_seq_len:,} tokens" if q.lengths is None else "on average"
     return (
         f"{len(with_window)} of {q.shape.num_layers} layers see only the last {sizes} tokens. "
-        "Today a row keeps memory for all its tokens in every layer, and all figures here say so; "
-        f"with only min(window, length) in those layers a request would need {size(needed)} "
-        f"instead of {size(today)} {where} ({1 - needed / today:.0%} less)"
+        "All figures here are for rows that keep all their tokens in every layer; with "
+        f"LayerGroup(window=...) for those layers a request would need {size(needed)} and its pages "
+        f"instead of {size(kept)} {where} ({1 - needed / kept:.0%} less)"
     )
 
 
