@@ -17,6 +17,9 @@ from vattn.integrations.transformers.storage import Storage
 class BucketedStorage(Storage):
     """A Storage that also holds the views which the layers show: whole buckets."""
 
+    # Zeros lie behind the last token, and are written over from inside a compiled graph.
+    may_share = False
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.visible = 0  # tokens in the windows

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 import vattn
 from vattn.integrations.transformers.bucketed import BucketedLayer, BucketedStorage
+from vattn.integrations.transformers.kinds import extend_all, gather_all
 from vattn.integrations.transformers.layer import VAttnLayer
 from vattn.integrations.transformers.memory import Memory
 from vattn.integrations.transformers.storage import Storage, StorageOptions
@@ -67,6 +68,9 @@ class VAttnCache(DynamicCache):
 
     Notes
     -----
+    Rows with the same tokens share their memory: samples and beams of one prompt have it once. What
+    ``layer.keys`` shows is for reading; assign to change it.
+
     Layers with a sliding window show attention what transformers' own do, but keep memory for all
     their tokens for now. Layers without attention are left to transformers. For an encoder-decoder
     model pass ``EncoderDecoderCache(VAttnCache(config), VAttnCache(config))``.
@@ -227,20 +231,10 @@ class VAttnCache(DynamicCache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, VAttnLayer) or layer.length + new <= layer.storage.seq_len:
             return
-        grown: list[tuple[Storage, int]] = []
         # In the very first forward the shapes of those that follow are not known yet.
         storages = [storage for storage in self._storages if storage.seq_len]
-        if layer.storage not in storages:
-            return
-        try:
-            for storage in storages:
-                before = storage.seq_len
-                storage.extend(max(storage.lengths) + new)
-                grown.append((storage, before))
-        except (MemoryError, ValueError):
-            for storage, before in grown:
-                storage.step(before, storage.batch_size)
-            raise
+        if layer.storage in storages:
+            extend_all(storages, new)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Cut tokens off the end of every row: ``-n`` removes n, a positive number is the rest.
@@ -263,12 +257,20 @@ class VAttnCache(DynamicCache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Put row ``beam_idx[b]`` at row ``b`` for each ``b``: what beam search needs.
 
-        Only rows that change are copied.
+        Rows that keep their parent are left alone. The others copy what they have not in common
+        with theirs; where that is much, they share its memory and copy the last page only.
 
         Parameters
         ----------
         beam_idx : torch.Tensor
             One row for each row of the batch.
+
+        Raises
+        ------
+        vattn.OutOfPagesError
+            There is no memory for the last pages. No row changed.
+        ValueError
+            Too many entries, or too few.
         """
         batch_size = self._storages[0].batch_size
         if self._storages[0].seq_len and len(beam_idx) != batch_size:
@@ -282,12 +284,19 @@ class VAttnCache(DynamicCache):
             call(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, to continue each prompt in several ways.
+        """Repeat every row, to continue each prompt in several ways, over the same memory.
 
         Parameters
         ----------
         repeats : int
             How often.
+
+        Raises
+        ------
+        vattn.OutOfPagesError
+            There is no memory for the last page of each. No row changed.
+        ValueError
+            More rows than ``max_batch_size``.
         """
         others = self._calls_of_others("batch_repeat_interleave")
         self._gather(torch.arange(self._storages[0].batch_size).repeat_interleave(repeats))
@@ -300,7 +309,12 @@ class VAttnCache(DynamicCache):
         Parameters
         ----------
         indices : torch.Tensor
-            Rows, or a bool for each row.
+            Rows, or a bool for each row. Those that are named twice share their memory.
+
+        Raises
+        ------
+        vattn.OutOfPagesError, ValueError
+            As ``batch_repeat_interleave``.
         """
         others = self._calls_of_others("batch_select_indices")
         self._gather(torch.arange(self._storages[0].batch_size)[indices.cpu()])
@@ -312,20 +326,7 @@ class VAttnCache(DynamicCache):
             return
         if len(rows) == 0:
             raise ValueError("no row is selected; call reset() to forget them all")
-        order = rows.tolist()
-        grown: list[tuple[Storage, int]] = []
-        try:
-            for storage in self._storages:
-                before = storage.batch_size
-                if len(order) > before:
-                    storage.grow_batch(len(order))
-                    grown.append((storage, before))
-        except (MemoryError, ValueError):
-            for storage, before in grown:
-                storage.hold(before)
-            raise
-        for storage in self._storages:
-            storage.gather(order)
+        gather_all(self._storages, rows.tolist(), empty=self.reset)
 
     def close(self) -> None:
         """Give all memory back now. Views of keys and values must not be used any more."""

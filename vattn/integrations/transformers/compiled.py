@@ -54,12 +54,12 @@ def append(
     """
     storage = _STORAGES[number]
     storage.prepare(index, key_states, value_states)
+    end = start + key_states.shape[-2]
+    storage.make_writable(start, end)
     if keys.data_ptr() != storage.tensors[index][0].data_ptr():
         raise RuntimeError(
             "the compiled model was given a copy of the cache's memory; compile with the backend "
             "'inductor' or 'eager'"
         )
-    end = start + key_states.shape[-2]
-    storage.extend(end)
     for rows, states in zip(storage.kv(index, end), (key_states, value_states), strict=True):
         rows[:, :, start:].copy_(states)

@@ -58,8 +58,9 @@ class VAttnLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def keys(self) -> torch.Tensor | None:
         """Keys of the tokens that the next query may see, a view; None before the first ones.
 
-        Whoever assigns fewer, as KV compression does, must assign as many values next. Memory of
-        tokens that no layer keeps is there for what comes next.
+        For reading: rows may share memory. An assignment gives each its own. Whoever assigns fewer,
+        as KV compression does, must assign as many values next. Memory of tokens that no layer
+        keeps is there for what comes next.
         """
         return self._visible(0, self.length) if self.is_initialized else None
 
@@ -101,7 +102,7 @@ class VAttnLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return self._update_in_graph(key_states, value_states)
         self.storage.prepare(self._index, key_states, value_states)
         start, end = self.length, self.length + key_states.shape[-2]
-        self.storage.extend(end)
+        self.storage.make_writable(start, end, (key_states, value_states))
         keys, values = self.storage.kv(self._index, end)
         keys[:, :, start:].copy_(key_states)
         values[:, :, start:].copy_(value_states)
@@ -204,7 +205,7 @@ class VAttnLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         if value.untyped_storage().data_ptr() == there.untyped_storage().data_ptr():
             value = value.clone()
-        self.storage.extend(now)
+        self.storage.make_writable(first, now)
         self.storage.kv(self._index, now)[which][:, :, first:].copy_(value)
         self.storage.lengths[self._index] = max(now, self.length if which else self._values_length)
         return now

@@ -192,12 +192,19 @@ class Recipe:
         config = self._with_lengths(prompt_ids, request_id)
         children = range((config.num_return_sequences or 1) - 1)
         names = [request_id, *(f"{request_id}__child#{i}" for i in children)]
-        return [self._request(config, prompt_ids, name) for name in names]
+        family: list[Request] = []
+        family += [self._request(config, prompt_ids, name, family) for name in names]
+        return family
 
-    def _request(self, config: Any, prompt_ids: list[int], request_id: str) -> Request:
+    def _request(
+        self, config: Any, prompt_ids: list[int], request_id: str, family: list[Request]
+    ) -> Request:
         return Request(
             tokens=list(prompt_ids),
             max_length=config.max_length,
+            family=family,
+            # With one token to generate the first is gone before anybody could take over.
+            shared=len(prompt_ids) - 1 if config.max_length > len(prompt_ids) + 1 else 0,
             request_id=request_id,
             prompt_ids=prompt_ids,
             sampler=self._sampler(config, prompt_ids),

@@ -92,13 +92,12 @@ class Rows:
 
     def admit(self, num_tokens: int) -> int:
         """Take a row and back it; see :class:`~.scheduler.RowMemory`."""
-        row = self.cache.alloc(seq_len=num_tokens)
-        try:
-            self.cache.step({row: num_tokens})
-        except vattn.OutOfPagesError:
-            self.cache.free(row)
-            raise
-        return row
+        return self._back(self.cache.alloc(seq_len=num_tokens), num_tokens)
+
+    def fork(self, row: int, shared: int, num_tokens: int) -> int:
+        """Take a row that begins like another; see :class:`~.scheduler.RowMemory`."""
+        (child,) = self.cache.fork(row, shared)
+        return self._back(child, num_tokens)
 
     def grow(self, lengths: Mapping[int, int]) -> None:
         """Back rows; see :class:`~.scheduler.RowMemory`."""
@@ -107,6 +106,14 @@ class Rows:
     def free(self, row: int) -> None:
         """Let go of a row; see :class:`~.scheduler.RowMemory`."""
         self.cache.free(row)
+
+    def _back(self, row: int, num_tokens: int) -> int:
+        try:
+            self.cache.step({row: num_tokens})
+        except vattn.OutOfPagesError:
+            self.cache.free(row)
+            raise
+        return row
 
     def close(self) -> None:
         """Give all memory back."""

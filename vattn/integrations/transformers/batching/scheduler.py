@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -15,6 +15,9 @@ class RowMemory(Protocol):
 
     def admit(self, num_tokens: int) -> int:
         """Take a row and back it with memory for this many tokens."""
+
+    def fork(self, row: int, shared: int, num_tokens: int) -> int:
+        """Do the same, for a row that begins with the first ``shared`` tokens of another."""
 
     def grow(self, lengths: Mapping[int, int]) -> None:
         """Back every row named with memory for as many tokens."""
@@ -39,10 +42,16 @@ class Task:
         How many tokens have their keys and values in the row.
     backed : int
         How many tokens the row has memory for.
+    family : sequence of Task
+        Tasks of the same prompt: whoever comes later takes over what is computed of it.
+    shared : int
+        Tokens that it takes over: all of the prompt but one, whose scores it needs.
     """
 
     tokens: list[int]
     max_length: int
+    family: Sequence[Task] = ()
+    shared: int = 0
     row: int | None = None
     computed: int = 0
     backed: int = 0
@@ -76,9 +85,10 @@ class Scheduler(Generic[TaskT]):
     """First come, first served, with as many at a time as there are rows and memory for.
 
     A task is admitted when all of its tokens fit, so that it never waits for memory in the middle
-    of a prompt. When those that run have outgrown the memory, the one admitted last has to go: it
-    waits at the front of the queue and is computed again from its first token. Nothing is admitted
-    after that before a task has ended, since until then memory only becomes scarcer.
+    of a prompt, and when nobody is computing the same prompt: then it takes that over. When those
+    that run have outgrown the memory, the one admitted last has to go: it waits at the front of the
+    queue and is computed again. Nothing is admitted after that before a task has ended, since until
+    then memory only becomes scarcer.
 
     Parameters
     ----------
@@ -161,6 +171,15 @@ class Scheduler(Generic[TaskT]):
         self._memory.free(task.row)
         task.row, task.backed = None, 0
 
+    def _take_row(self, task: TaskT, relatives: Sequence[Task], wanted: int) -> None:
+        if task.shared and relatives:
+            source = relatives[0].row
+            assert source is not None
+            task.row = self._memory.fork(source, task.shared, wanted)
+            task.computed = task.shared
+        else:
+            task.row = self._memory.admit(wanted)
+
     def _admit(
         self, left: int
     ) -> tuple[list[tuple[TaskT, int]], list[tuple[TaskT, OutOfPagesError]]]:
@@ -170,10 +189,13 @@ class Scheduler(Generic[TaskT]):
             if self.running and self._preempted_since_one_ended:
                 break
             task = self.waiting[0]
+            relatives = [t for t in task.family if t.row is not None]
+            if any(t.computed < task.shared for t in relatives):
+                break
             # One more than there are: the first forward after the prompt needs it.
             wanted = min(len(task.tokens) + 1, task.max_length - 1)
             try:
-                task.row = self._memory.admit(wanted)
+                self._take_row(task, relatives, wanted)
             except OutOfPagesError as error:
                 if self.running:
                     break
