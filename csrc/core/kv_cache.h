@@ -176,6 +176,7 @@ class KvCache {
   std::vector<size_t> empty_rows(size_t n, size_t source);
   std::vector<BatchIdx> fork_rows(size_t from, size_t tokens, size_t n, Stream stream);
   void note_copy(size_t from, const std::vector<Share>& shares, Stream stream);
+  bool drop_idle_sharers();
   size_t check_shorter(int64_t row, int64_t seq_len) const;
   std::vector<Share> plan_reorder(const std::vector<int64_t>& rows,
                                   const std::vector<int64_t>& parents) const;

@@ -84,8 +84,11 @@ std::vector<BatchIdx> KvCache::fork_rows(size_t from, size_t tokens, size_t n, S
   children.reserve(n);
   try {
     std::vector<Share> shares;
-    for (const size_t row : empty_rows(n, from)) shares.push_back({from, row, tokens, tokens});
-    const size_t needed = n * rows_.pages_to_share({from, from, tokens, tokens});
+    size_t needed = 0;
+    for (const size_t row : empty_rows(n, from)) {
+      shares.push_back({from, row, tokens, tokens});
+      needed += rows_.pages_to_share(shares.back());
+    }
     with_room(needed, seq_lens_.data(), [&] { share_rows(shares, stream); });
     if (needed != 0) note_copy(from, shares, stream);
     for (const Share& share : shares) {
@@ -118,6 +121,20 @@ void KvCache::note_copy(size_t from, const std::vector<Share>& shares, Stream st
     for (const Share& share : shares) unmap_beyond(share.to, 0);
     throw;
   }
+}
+
+// Where there are no pages for copies of what active rows share with idle ones, the idle ones go:
+// then there is nothing to copy. True: some did.
+bool KvCache::drop_idle_sharers() {
+  bool any = false;
+  for (const size_t row : idle_rows_by_loss()) {
+    if (!shares_from(row, 0)) continue;
+    wait_for_fence(row);
+    const size_t before = rows_.mapped_pages(row);
+    unmap_beyond(row, 0);
+    any |= rows_.mapped_pages(row) < before;
+  }
+  return any;
 }
 
 // A length that the row has or had, and can have again.
@@ -227,8 +244,9 @@ void KvCache::compact(int64_t index, const std::vector<int64_t>& keep, int64_t s
   const size_t in_place = first_to_move(row, keep, start);
   const size_t first = static_cast<size_t>(start) + in_place;
   if (in_place < keep.size()) {
+    const Share own{row, row, first, static_cast<size_t>(seq_lens_[row])};
+    if (!has_room(rows_.pages_to_share(own), seq_lens_.data())) drop_idle_sharers();
     if (shares_from(row, first)) {
-      const Share own{row, row, first, static_cast<size_t>(seq_lens_[row])};
       with_room(rows_.pages_to_share(own), seq_lens_.data(), [&] { share_rows({own}, stream); });
     }
     // Until the last copy only what is before them is certain.

@@ -149,7 +149,10 @@ void KvCache::grow_rows(const int64_t* seq_lens) {
       needed += rows_.pages_to_grow(row, tokens);
     }
   }
-  if (!has_room(needed, seq_lens) && refit_first_steps(seq_lens)) return grow_rows(seq_lens);
+  if (!has_room(needed, seq_lens) &&
+      (refit_first_steps(seq_lens) || (!own.empty() && drop_idle_sharers()))) {
+    return grow_rows(seq_lens);
+  }
   try {
     with_room(needed, seq_lens, [&] {
       for (const Share& share : own) {

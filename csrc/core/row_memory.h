@@ -173,6 +173,8 @@ class RowMemory {
   std::pair<size_t, size_t> cut(size_t row, size_t region, size_t tokens) const;
   // Leading extents of the region that lie wholly within `tokens`, and their pages.
   std::pair<size_t, size_t> whole_extents(size_t row, size_t region, size_t tokens) const;
+  // Whether others have the extent that the token after `tokens` lies in. Of rings nobody has.
+  bool shares_behind(size_t row, size_t region, size_t tokens) const;
   Extent last_extent(size_t row, size_t region) const;
   const std::vector<Extent>& run_of(const std::vector<ExtentId>& ids, size_t first);
   void take(const Run& run, size_t first_page, std::vector<ExtentId>& out, Extent last);

@@ -22,6 +22,12 @@ std::pair<size_t, size_t> RowMemory::whole_extents(size_t row, size_t region, si
   return {index, pages};
 }
 
+bool RowMemory::shares_behind(size_t row, size_t region, size_t tokens) const {
+  const auto& extents = state(row, region).extents;
+  const size_t next = whole_extents(row, region, tokens).first;
+  return !is_ring(region) && next < extents.size() && pool_->references(extents[next]) > 1;
+}
+
 size_t RowMemory::writable_from(size_t row) const {
   if (aliased_pages_ == 0) return 0;
   size_t token = 0;
@@ -53,8 +59,9 @@ size_t RowMemory::pages_to_share(const Share& share) const {
   size_t pages = 0;
   for (size_t g = 0; g < n_regions_; ++g) {
     const size_t want = pages_for(g, share.tokens);
-    const size_t ring_has = share.from == share.to ? std::min(want, state(share.to, g).pages) : 0;
-    pages += want - (is_ring(g) ? ring_has : whole_extents(share.from, g, share.aliased).second);
+    const bool own = share.from == share.to && !shares_behind(share.to, g, share.aliased);
+    pages += want - (own ? std::min(want, state(share.to, g).pages)
+                         : whole_extents(share.from, g, share.aliased).second);
   }
   return pages;
 }
@@ -82,8 +89,9 @@ size_t RowMemory::pages_freed_by(const std::vector<size_t>& keep, size_t enough)
 
 // Decides what a region gets and takes the pages. nullopt: it has that already.
 std::optional<RowMemory::Splice> RowMemory::splice_of(const Share& share, size_t region) {
-  // Nobody else has pages of a ring.
-  if (is_ring(region) && share.from == share.to) return std::nullopt;
+  if (share.from == share.to && !shares_behind(share.to, region, share.aliased)) {
+    return std::nullopt;
+  }
   const auto& from = state(share.from, region).extents;
   const auto& to = state(share.to, region).extents;
   const auto [n_shared, shared_pages] = whole_extents(share.from, region, share.aliased);

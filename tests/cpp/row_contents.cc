@@ -54,6 +54,21 @@ std::vector<RigOptions> ways_to_lay_out(size_t budget_pages) {
   return {plain, across_pages, per_layer, by_head, super_pages};
 }
 
+std::vector<RigOptions> ways_to_lay_out_windows(size_t budget_pages) {
+  std::vector<RigOptions> all;
+  for (RigOptions options : ways_to_lay_out(budget_pages)) {
+    options.max_tokens = 200;
+    options.window = 10;
+    all.push_back(options);
+    options.sink = 3;
+    all.push_back(options);
+    options.layers = 2;
+    options.first_layer_full = true;
+    all.push_back(options);
+  }
+  return all;
+}
+
 int64_t RowContents::start(int64_t tokens) {
   const int64_t row = rig_.alloc(tokens, stream_);
   of(row).clear();
@@ -77,10 +92,10 @@ void RowContents::free(int64_t row) {
   rig_.free(row, stream_);
 }
 
-std::vector<int64_t> RowContents::fork_n(int64_t row, int64_t length, size_t n) {
+std::vector<int64_t> RowContents::fork_n(int64_t row, std::optional<int64_t> length, size_t n) {
   std::vector<int64_t> children;
   const std::vector<BatchIdx> forked = rig_.kv->fork(row, length, n, stream_);
-  const auto end = length == kAllTokens ? of(row).end() : of(row).begin() + length;
+  const auto end = length ? of(row).begin() + *length : of(row).end();
   const std::vector<uint32_t> tokens(of(row).begin(), end);
   for (const BatchIdx child : forked) {
     children.push_back(static_cast<int64_t>(child));
@@ -145,6 +160,19 @@ void RowContents::check_row(int64_t row) const {
     check_range(row, g, 0, sink);
     check_range(row, g, std::max(sink, length - std::min(r.window, length)), length);
   }
+}
+
+int64_t RowContents::follow_lengths() {
+  int64_t lost = 0;
+  const std::vector<int64_t> lengths = rig_.kv->seq_lens();
+  for (size_t row = 0; row < lengths.size(); ++row) {
+    const auto index = static_cast<int64_t>(row);
+    if (rig_.state(index) != RowState::kActive) continue;
+    CHECK(lengths[row] <= length(index));
+    lost += length(index) - lengths[row];
+    of(index).resize(static_cast<size_t>(lengths[row]));
+  }
+  return lost;
 }
 
 void RowContents::check_range(int64_t row, size_t region, size_t first, size_t end) const {

@@ -2,6 +2,8 @@
 // read: the model of a cache whose rows share memory.
 #pragma once
 
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "cache_rig.h"
@@ -10,6 +12,8 @@ namespace vattn::test {
 
 // Layouts in which the tokens of a row lie differently.
 std::vector<RigOptions> ways_to_lay_out(size_t budget_pages = 128);
+// The same with a window of 10 tokens, on its own, with a sink, and beside a layer without one.
+std::vector<RigOptions> ways_to_lay_out_windows(size_t budget_pages = 256);
 
 // Each function calls the cache's of the same name; if that throws, nothing changes here either.
 class RowContents {
@@ -23,8 +27,10 @@ class RowContents {
   // The row's length is `length` from now on; what is new is written.
   void step(int64_t row, int64_t length);
   void free(int64_t row);
-  int64_t fork(int64_t row, int64_t length = kAllTokens) { return fork_n(row, length, 1).front(); }
-  std::vector<int64_t> fork_n(int64_t row, int64_t length, size_t n);
+  int64_t fork(int64_t row, std::optional<int64_t> length = std::nullopt) {
+    return fork_n(row, length, 1).front();
+  }
+  std::vector<int64_t> fork_n(int64_t row, std::optional<int64_t> length, size_t n);
   void truncate(int64_t row, int64_t length);
   void reorder(const std::vector<int64_t>& rows, const std::vector<int64_t>& parents);
   void compact(int64_t row, const std::vector<int64_t>& keep, int64_t start = 0);
@@ -38,6 +44,8 @@ class RowContents {
   // but of those in a ring the sink and the window, both one contiguous range.
   void check() const;
   void check_row(int64_t row) const;
+  // After a failure that may cost tokens: the model has the cache's lengths. Tokens lost.
+  int64_t follow_lengths();
 
  private:
   std::vector<uint32_t>& of(int64_t row) { return tokens_[static_cast<size_t>(row)]; }

@@ -85,6 +85,96 @@ void serve(KvCache& kv, unsigned seed, int requests) {
   }
 }
 
+// A request whose rows share memory, with its own rows and with those of other threads.
+class Sharer {
+ public:
+  Sharer(KvCache& kv, unsigned seed)
+      : kv_(kv),
+        mark_(static_cast<unsigned char>(seed)),
+        random_(seed),
+        stream_(static_cast<Stream>(0x100 + seed)) {}
+
+  // Memory and rows may be short: then it ends early.
+  void serve() {
+    try {
+      const int64_t parent = own(kv_.alloc(any(1, 20), stream_));
+      grow(parent, any(4, 30));
+      for (const BatchIdx child : kv_.fork(parent, length(parent) - 1, 2, stream_)) own(child);
+      for (int i = 0; i < 4; ++i) act(rows_[static_cast<size_t>(any(0, 2))]);
+      for (const int64_t row : rows_) check(row, mark_);
+      find_again();
+    } catch (const OutOfPages&) {
+    } catch (const OutOfRows&) {
+    }
+    for (const int64_t row : rows_) {
+      if (any(0, 1) == 0 && length(row) > 0) kv_.keep_prefix(row, any(1, length(row)));
+      kv_.free(row, stream_);
+    }
+    rows_.clear();
+  }
+
+ private:
+  int64_t any(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random_);
+  }
+  int64_t own(BatchIdx row) {
+    rows_.push_back(static_cast<int64_t>(row));
+    return rows_.back();
+  }
+  int64_t length(int64_t row) const { return kv_.seq_lens()[static_cast<size_t>(row)]; }
+  unsigned char* token(int64_t row, int64_t token) const {
+    const Region& r = kv_.layout().regions[0];
+    return reinterpret_cast<unsigned char*>(kv_.base() + static_cast<size_t>(row) * r.row_stride +
+                                            static_cast<size_t>(token) * r.token_bytes);
+  }
+  void grow(int64_t row, int64_t by) {
+    const int64_t before = length(row), after = std::min<int64_t>(64, before + by);
+    kv_.step_rows({{row, after}});
+    for (int64_t t = before; t < after; ++t) *token(row, t) = mark_;
+  }
+  void check(int64_t row, unsigned char mark) const {
+    for (int64_t t = 0; t < length(row); ++t) CHECK_EQ(int{*token(row, t)}, int{mark});
+  }
+  void act(int64_t row) {
+    switch (any(0, 4)) {
+      case 0:
+        return kv_.truncate(row, any(0, length(row)));
+      case 1:
+        return kv_.reorder({rows_[1], rows_[2]}, {rows_[2], rows_[0]}, stream_);
+      case 2:
+        if (length(row) > 3) kv_.compact(row, {1, length(row) - 1}, 0, stream_);
+        return;
+      default:
+        return grow(row, any(1, 5));
+    }
+  }
+  // Tokens that some thread has kept: all are its.
+  void find_again() {
+    const std::vector<KeptPrefix> kept = kv_.kept_prefixes();
+    for (size_t i = 0; i < kept.size(); ++i) {
+      const auto row = static_cast<int64_t>(i), tokens = static_cast<int64_t>(kept[i].tokens);
+      if (kept[i].life == 0) continue;
+      if (any(0, 1) == 0 && kv_.adopt_prefix(row, kept[i].life, tokens, stream_)) {
+        check(row, *token(row, 0));
+        kv_.truncate(row, 0);
+        own(static_cast<BatchIdx>(row));
+      } else if (const auto forked = kv_.fork_prefix(row, kept[i].life, tokens, stream_)) {
+        const int64_t child = own(forked->first);
+        check(child, *token(child, 0));
+      } else {
+        kv_.forget_prefix(row, kept[i].life);
+      }
+      return;
+    }
+  }
+
+  KvCache& kv_;
+  const unsigned char mark_;
+  std::mt19937 random_;
+  const Stream stream_;
+  std::vector<int64_t> rows_;
+};
+
 void watch(KvCache& kv, const std::atomic<bool>& done, bool trims) {
   while (!done) {
     kv.check();
@@ -109,6 +199,33 @@ void threads_share_a_cache(const Backend& backend) {
   CHECK_EQ(rig.kv->stats().rows_active, 0u);
   rig.kv->check();
   rig.end();
+}
+
+void threads_share_rows(const Backend& backend) {
+  const int rounds = backend.is_cuda ? 3 : 60;  // its pages are large, and every one is copied
+  for (const Scrub scrub : {Scrub::kNever, Scrub::kOnReuse}) {
+    RigOptions options = busy();
+    options.rows = 14;
+    options.budget_pages = 90;
+    options.scrub = scrub;
+    Rig rig(backend, options);
+    std::atomic<bool> done{false};
+    Crew watchers, servers;
+    watchers.run([&] { watch(*rig.kv, done, /*trims=*/true); });
+    for (unsigned seed = 1; seed <= 4; ++seed) {
+      servers.run([&, seed] {
+        Sharer sharer(*rig.kv, seed);
+        for (int i = 0; i < rounds; ++i) sharer.serve();
+      });
+    }
+    servers.join();
+    done = true;
+    servers.finish();
+    watchers.finish();
+    CHECK_EQ(rig.kv->stats().rows_active, 0u);
+    rig.kv->check();
+    rig.end();
+  }
 }
 
 void caches_of_two_threads_share_a_pool(const Backend& backend) {
@@ -227,7 +344,8 @@ void waiting_for_the_background_thread_waits_for_all_its_work(const Backend& bac
 int main(int argc, char** argv) {
   return run_tests(
       over_all_backends(
-          {BACKEND_TEST(threads_share_a_cache), BACKEND_TEST(caches_of_two_threads_share_a_pool),
+          {BACKEND_TEST(threads_share_a_cache), BACKEND_TEST(threads_share_rows),
+           BACKEND_TEST(caches_of_two_threads_share_a_pool),
            BACKEND_TEST(closing_under_load_is_an_error_to_the_others),
            BACKEND_TEST(several_threads_may_stop_the_background_thread),
            BACKEND_TEST(a_cache_can_go_while_the_background_thread_works),

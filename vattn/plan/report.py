@@ -135,8 +135,8 @@ def _window_note(question: Question) -> str:
     return (
         f"{len(with_window)} of {q.shape.num_layers} layers see only the last {sizes} tokens. "
         "All figures here are for rows that keep all their tokens in every layer; with "
-        f"LayerGroup(window=...) for those layers a request would need {size(needed)} and its pages "
-        f"instead of {size(kept)} {where} ({1 - needed / kept:.0%} less)"
+        f"LayerGroup(window=...) for those layers a request would need {size(needed)} and its "
+        f"pages instead of {size(kept)} {where} ({1 - needed / kept:.0%} less)"
     )
 
 
