@@ -158,7 +158,8 @@ void RowMemory::fill(const Splice& splice, uintptr_t at, Stream stream) {
   const auto& extents = splice.put_in ? state(splice.row, splice.region).extents : splice.extents;
   scrub(at, extents, splice.fresh, stream);
   if (splice.copy_bytes != 0) {
-    pool_->driver().copy(stream, at, splice.copy_from, splice.copy_bytes);
+    pool_->driver().fill(stream, run_of(extents, splice.fresh), at, splice.copy_from,
+                         splice.copy_bytes);
   }
 }
 

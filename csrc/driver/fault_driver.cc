@@ -45,6 +45,11 @@ class Injector final : public FaultDriver {
     maybe_throw("copy");
     inner_->copy(stream, to, from, bytes);
   }
+  void fill(Stream stream, const std::vector<Extent>& run, uintptr_t to, uintptr_t from,
+            size_t bytes) override {
+    maybe_throw("copy");
+    inner_->fill(stream, run, to, from, bytes);
+  }
   void clear(Stream stream, uintptr_t base, size_t bytes) override {
     maybe_throw("clear");
     inner_->clear(stream, base, bytes);

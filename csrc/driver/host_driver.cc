@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -153,6 +154,24 @@ class HostVmmDriver final : public VmmDriver {
   void copy(Stream, uintptr_t to, uintptr_t from, size_t bytes) override {
     process_.check_not_forked();
     if (use_ == HostUse::kMemory) std::memcpy(pointer(to), pointer(from), bytes);
+  }
+
+  void fill(Stream, const std::vector<Extent>& run, uintptr_t, uintptr_t from,
+            size_t bytes) override {
+    process_.check_not_forked();
+    if (use_ == HostUse::kRehearsal) return;
+    for (const Extent& extent : run) {
+      const SharedHandle file = locate(extent);
+      for (size_t done = 0, here = std::min(extent.bytes, bytes); done < here;) {
+        const ssize_t written =
+            pwrite(file.fd, pointer(from), here - done, static_cast<off_t>(file.offset + done));
+        if (written < 0 && errno == EINTR) continue;
+        if (written <= 0) throw_errno("pwrite");
+        done += static_cast<size_t>(written);
+        from += static_cast<size_t>(written);
+        bytes -= static_cast<size_t>(written);
+      }
+    }
   }
 
   void clear(Stream, uintptr_t base, size_t bytes) override {

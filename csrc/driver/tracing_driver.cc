@@ -86,6 +86,10 @@ class Tracer final : public TracingDriver {
   void copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) override {
     timed(DriverCall::kCopy, to, bytes, [&] { inner_->copy(stream, to, from, bytes); });
   }
+  void fill(Stream stream, const std::vector<Extent>& run, uintptr_t to, uintptr_t from,
+            size_t bytes) override {
+    timed(DriverCall::kCopy, to, bytes, [&] { inner_->fill(stream, run, to, from, bytes); });
+  }
   void clear(Stream stream, uintptr_t base, size_t bytes) override {
     timed(DriverCall::kClear, base, bytes, [&] { inner_->clear(stream, base, bytes); });
   }

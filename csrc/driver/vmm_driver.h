@@ -83,6 +83,12 @@ class VmmDriver {
   // pre: both ranges are mapped, stay so until the stream is past this, and share no byte, neither
   // of addresses nor of physical memory.
   virtual void copy(Stream stream, uintptr_t to, uintptr_t from, size_t bytes) = 0;
+  // As copy(), to the start of a run that is mapped at `to`. On the host faster than that: the file
+  // is written, not the mapping, so no page is faulted in.
+  virtual void fill(Stream stream, const std::vector<Extent>& /*run*/, uintptr_t to, uintptr_t from,
+                    size_t bytes) {
+    copy(stream, to, from, bytes);
+  }
   // Zero a range, in the order of `stream`; on the host, now.
   // pre: the range is mapped, and stays so until the stream is past this.
   virtual void clear(Stream stream, uintptr_t base, size_t bytes) = 0;

@@ -111,6 +111,20 @@ void a_copy_takes_any_addresses_and_size(const Subject& s) {
   CHECK(holds(s, runs.first, 0x33));
 }
 
+// From anywhere, over the borders of extents; what lies behind stays.
+void a_run_is_filled_from_its_start(const Subject& s) {
+  const TwoRuns runs(s);
+  const size_t bytes = 3 * runs.page + 11;
+  const Run second(runs.run.begin() + 3, runs.run.end());
+  write_marks(s, runs.first + 3, bytes, 2);
+  CHECK(s.memory.write(runs.second + bytes, 0x77));
+  s.driver.fill(kDefault, second, runs.second, runs.first + 3, bytes);
+  wait_for(s.driver, kDefault);
+  CHECK(has_marks(s, runs.second, bytes, 2));
+  CHECK(has_marks(s, runs.first + 3, bytes, 2));
+  CHECK(holds(s, runs.second + bytes, 0x77));
+}
+
 void a_clear_takes_any_address_and_size(const Subject& s) {
   const TwoRuns runs(s);
   const size_t bytes = 2 * runs.page + 11;
@@ -182,6 +196,7 @@ void work_in_two_streams_is_ordered_by_a_fence(const Subject& s) {
 std::vector<Clause> copy_clauses() {
   return {{"memory_is_zeroed_where_that_is_said", memory_is_zeroed_where_that_is_said},
           {"a_copy_takes_any_addresses_and_size", a_copy_takes_any_addresses_and_size},
+          {"a_run_is_filled_from_its_start", a_run_is_filled_from_its_start},
           {"a_clear_takes_any_address_and_size", a_clear_takes_any_address_and_size},
           {"copies_show_at_every_address_of_a_page", copies_show_at_every_address_of_a_page},
           {"work_in_a_stream_is_done_in_order", work_in_a_stream_is_done_in_order},
