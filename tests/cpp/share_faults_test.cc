@@ -84,9 +84,16 @@ void sweep(const Backend& backend, const Scenario& scenario, uint64_t at_least) 
   }
 }
 
+// The double clears pages of 2 MiB for every rig: one layout of each scenario, the others on the
+// host.
+std::vector<RigOptions> some_of(std::vector<RigOptions> ways, const Backend& backend) {
+  if (backend.is_cuda) ways.resize(1);
+  return ways;
+}
+
 // The idle rows have to give their memory.
 void forking(const Backend& backend) {
-  for (RigOptions options : ways_to_lay_out(13)) {
+  for (RigOptions options : some_of(ways_to_lay_out(13), backend)) {
     options.rows = 4;
     if (options.kind == LayoutKind::kPerLayer) options.budget_pages *= 4;
     if (options.heads > 1) options.budget_pages *= 2;
@@ -105,7 +112,7 @@ void forking(const Backend& backend) {
 }
 
 void growing_into_shared_pages(const Backend& backend) {
-  for (const RigOptions& options : ways_to_lay_out()) {
+  for (const RigOptions& options : some_of(ways_to_lay_out(), backend)) {
     sweep(backend,
           {options,
            [](Rig&, RowContents& rows) {
@@ -124,7 +131,7 @@ void growing_into_shared_pages(const Backend& backend) {
 }
 
 void reordering(const Backend& backend) {
-  for (const RigOptions& options : ways_to_lay_out()) {
+  for (const RigOptions& options : some_of(ways_to_lay_out(), backend)) {
     sweep(backend,
           {options,
            [](Rig&, RowContents& rows) {
@@ -139,7 +146,7 @@ void reordering(const Backend& backend) {
 }
 
 void reordering_rings(const Backend& backend) {
-  for (const RigOptions& options : ways_to_lay_out_windows()) {
+  for (const RigOptions& options : some_of(ways_to_lay_out_windows(), backend)) {
     sweep(backend,
           {options,
            [](Rig&, RowContents& rows) {
@@ -151,7 +158,7 @@ void reordering_rings(const Backend& backend) {
 }
 
 void forking_rings(const Backend& backend) {
-  for (const RigOptions& options : ways_to_lay_out_windows()) {
+  for (const RigOptions& options : some_of(ways_to_lay_out_windows(), backend)) {
     sweep(backend,
           {options, [](Rig&, RowContents& rows) { rows.start(60); },
            [](Rig&, RowContents& rows) { rows.fork_n(0, std::nullopt, 2); }},
@@ -160,7 +167,7 @@ void forking_rings(const Backend& backend) {
 }
 
 void growing_rings(const Backend& backend) {
-  for (const RigOptions& options : ways_to_lay_out_windows()) {
+  for (const RigOptions& options : some_of(ways_to_lay_out_windows(), backend)) {
     sweep(backend,
           {options, [](Rig&, RowContents& rows) { rows.start(2); },
            [](Rig&, RowContents& rows) { rows.step(0, 60); }},
@@ -169,7 +176,7 @@ void growing_rings(const Backend& backend) {
 }
 
 void compacting(const Backend& backend) {
-  for (const RigOptions& options : ways_to_lay_out()) {
+  for (const RigOptions& options : some_of(ways_to_lay_out(), backend)) {
     sweep(backend,
           {options,
            [](Rig&, RowContents& rows) {
