@@ -26,8 +26,14 @@ KvCache::KvCache(std::shared_ptr<Pool> pool, const LayoutSpec& spec, size_t look
       prefetch_at_(n_rows_, INT64_MAX),
       scratch_lens_(n_rows_, 0) {
   for (const Region& region : rows_.layout().regions) {
-    // Regions of one window that differ in their tokens' size may differ in what they still have.
-    if (region.has_window()) rings_.push_back(region);
+    // One of each kind: every step() looks at them for every row.
+    const auto is_alike = [&](const Region& ring) {
+      return ring.window == region.window && ring.sink() == region.sink() &&
+             ring.capacity() == region.capacity();
+    };
+    if (region.has_window() && std::none_of(rings_.begin(), rings_.end(), is_alike)) {
+      rings_.push_back(region);
+    }
   }
   const size_t regions = rows_.layout().regions.size();
   const size_t budget = pool_->stats().budget_bytes;

@@ -213,7 +213,7 @@ class KvCache {
   const size_t max_seq_len_;
   const size_t lookahead_;
   const Scrub scrub_;
-  std::vector<Region> rings_;  // the regions with a window
+  std::vector<Region> rings_;  // one region of each kind that has a window
 
   mutable std::mutex mutex_;  // guards everything below but the atomics
   bool closed_ = false;

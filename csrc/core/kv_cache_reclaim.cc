@@ -118,18 +118,18 @@ size_t KvCache::reclaim(size_t n_pages, const int64_t* seq_lens) {
   for (size_t row = 0; row < n_rows_; ++row) {
     if (row_[row].state == RowState::kActive) rows.push_back(row);
   }
-  bool waited = false;
+  bool idle_rows_were_enough = true;
   for (const bool wait : {false, true}) {
     for (const size_t row : rows) {
       if (got >= n_pages) break;
       if (wait ? row_[row].fence == Fence::kNone : !fence_passed(row)) continue;
       if (wait) wait_for_fence(row);
       got += reclaim_from(row, n_pages - got, seq_lens);
-      waited |= wait;
+      idle_rows_were_enough &= !wait && row_[row].state != RowState::kActive;
     }
   }
   // Or the background thread takes at once what was just made room for.
-  if (waited) prefetch_paused_ = true;
+  if (!idle_rows_were_enough) prefetch_paused_ = true;
   return got;
 }
 
