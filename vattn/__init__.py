@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vattn.cache import KVCache, init
 from vattn.config import CacheConfig, LayerGroup
 from vattn.errors import DriverError, OutOfPagesError, OutOfRowsError
+from vattn.page_range import PageRange
 from vattn.prefix import PrefixCache, PrefixMatch, PrefixStats
 from vattn.stats import CacheStats, CallStats
 
@@ -27,6 +28,7 @@ __all__ = [
     "LayerGroup",
     "OutOfPagesError",
     "OutOfRowsError",
+    "PageRange",
     "PrefixCache",
     "PrefixMatch",
     "PrefixStats",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vattn.device import parse_device
 from vattn.units import DTYPES, dtype_name, parse_bytes
 
 LAYOUTS = ("interleaved", "per_layer")
@@ -246,18 +246,12 @@ class CacheConfig(_KnownOptions):
     @property
     def device_type(self) -> str:
         """Either "cuda" or "cpu"."""
-        return self._device()[0]
+        return parse_device(self.device).device_type
 
     @property
     def device_index(self) -> int:
         """Ordinal of the CUDA device; 0 on the CPU."""
-        return self._device()[1]
-
-    def _device(self) -> tuple[str, int]:
-        match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", str(self.device))
-        if match is None or (match[1] == "cpu" and match[2] not in (None, "0")):
-            raise ValueError(f"device is {str(self.device)!r}, expected 'cpu', 'cuda' or 'cuda:N'")
-        return match[1], int(match[2] or 0)
+        return parse_device(self.device).device_index
 
     @property
     def memory_bytes(self) -> int | None:

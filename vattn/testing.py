@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from vattn import _C
 from vattn.cache import KVCache
 from vattn.config import CacheConfig
+from vattn.page_range import PageRange
 from vattn.pool import open_pool
 
 
 class Faults:
-    """Makes driver calls of one cache fail with :class:`vattn.DriverError`.
+    """Makes driver calls of one cache or page range fail with :class:`vattn.DriverError`.
 
     Calls that give memory back cannot fail and are not counted, except unmapping.
     """
 
-    def __init__(self, cache: KVCache) -> None:
-        self._pool = cache.pool
+    def __init__(self, pool: _C.Pool) -> None:
+        self._pool = pool
 
     def fail_nth(self, nth: int) -> None:
         """Fail the ``nth`` driver call from now on, counted from 1, and no other."""
@@ -54,7 +58,29 @@ def init_with_faults(config: CacheConfig) -> tuple[KVCache, Faults]:
     >>> cache.close()
     """
     cache = KVCache(config, open_pool(config, inject_faults=True))
-    return cache, Faults(cache)
+    return cache, Faults(cache.pool)
+
+
+def page_range_with_faults(
+    size: int | str, *, device: Any = "cpu", page_bytes: int | str | None = None
+) -> tuple[PageRange, Faults]:
+    """Make a :class:`vattn.PageRange`, with a handle to make its driver fail.
+
+    Examples
+    --------
+    >>> import vattn
+    >>> pages, faults = page_range_with_faults("1MiB")
+    >>> faults.fail_nth(2)
+    >>> try:
+    ...     pages.map([(0, 4)])
+    ... except vattn.DriverError as error:
+    ...     print(error.call, pages.mapped_pages)
+    create 0
+    >>> pages.map([(0, 4)])
+    >>> pages.close()
+    """
+    pages = PageRange(size, device=device, page_bytes=page_bytes, inject_faults=True)
+    return pages, Faults(pages.pool)
 
 
 def settle(cache: KVCache, timeout_s: float = 10.0) -> None:

@@ -4,71 +4,17 @@
 
 #include "base/errors.h"
 #include "base/log.h"
+#include "bindings/page_range.h"
+#include "bindings/pool.h"
 #include "bindings/probe.h"
 #include "bindings/seq_lens.h"
 #include "bindings/tensor.h"
-#include "driver/cuda_driver.h"
-#include "driver/fault_driver.h"
-#include "driver/host_driver.h"
-#include "driver/tracing_driver.h"
+#include "core/kv_cache.h"
 
 namespace py = pybind11;
 
 namespace vattn {
 namespace {
-
-// A pool and the decorators of its driver. faults is null unless asked for.
-struct PyPool {
-  std::shared_ptr<Pool> pool;
-  std::shared_ptr<TracingDriver> trace;
-  std::shared_ptr<FaultDriver> faults;
-
-  FaultDriver& checked_faults() const {
-    if (faults == nullptr) {
-      throw std::invalid_argument("this pool has no fault injection; make it with inject_faults");
-    }
-    return *faults;
-  }
-};
-
-// page_bytes == 0: the driver's granularity (CUDA only).
-PyPool open_pool(const std::string& device_type, int device_index, size_t page_bytes,
-                 size_t max_extent_bytes, size_t memory_bytes, bool inject, bool rehearsal) {
-  const bool cuda = device_type == "cuda";
-  if (cuda && rehearsal) {
-    throw std::invalid_argument("rehearsal is for device 'cpu', where memory may stay untouched");
-  }
-  const HostUse use = rehearsal ? HostUse::kRehearsal : HostUse::kMemory;
-  std::shared_ptr<VmmDriver> driver =
-      cuda ? open_cuda_driver(device_index) : open_host_driver(page_bytes, use);
-  if (page_bytes == 0) page_bytes = driver->page_bytes();
-  PyPool result;
-  if (inject) driver = result.faults = inject_faults(driver);
-  result.trace = trace_driver(driver);
-  result.pool = std::make_shared<Pool>(result.trace, page_bytes, max_extent_bytes, memory_bytes);
-  return result;
-}
-
-py::dict to_dict(const CallTable& table) {
-  constexpr std::array<const char*, kNumCallOrigins> kOrigins = {"other", "step", "background"};
-  py::dict by_origin;
-  for (size_t origin = 0; origin < kNumCallOrigins; ++origin) {
-    py::dict by_call;
-    for (size_t call = 0; call < kNumDriverCalls; ++call) {
-      const CallCounters& counters = table[origin][call];
-      if (counters.count == 0) continue;
-      py::dict entry;
-      entry["count"] = counters.count;
-      entry["failed"] = counters.failed;
-      entry["total_ns"] = counters.total_ns;
-      entry["histogram"] =
-          std::vector<uint64_t>(counters.histogram.begin(), counters.histogram.end());
-      by_call[name_of(static_cast<DriverCall>(call))] = entry;
-    }
-    by_origin[kOrigins[origin]] = by_call;
-  }
-  return by_origin;
-}
 
 py::dict to_dict(const CacheStats& stats) {
   py::dict d;
@@ -129,7 +75,9 @@ py::object capsule_of(const std::shared_ptr<KvCache>& cache, size_t layer, bool 
                       uint8_t type_code, uint8_t bits, int32_t device_type, int32_t device_id) {
   const TensorView* view = view_of(*cache, layer, is_v);
   if (view == nullptr) return py::none();
-  return make_capsule(cache, *view, {type_code, bits, 1}, {device_type, device_id});
+  return make_capsule(cache, cache->base() + view->offset, {view->shape.begin(), view->shape.end()},
+                      {view->strides.begin(), view->strides.end()}, {type_code, bits, 1},
+                      {device_type, device_id});
 }
 
 // The Python classes carry the numbers as attributes, so they are made in Python.
@@ -149,24 +97,6 @@ void translate(std::exception_ptr pending) {
   } catch (const DriverError& error) {
     raise_python("DriverError", py::make_tuple(error.what(), error.call(), error.code()));
   }
-}
-
-void define_pool(py::module_& m) {
-  using Release = py::call_guard<py::gil_scoped_release>;
-  py::class_<PyPool>(m, "Pool")
-      .def(py::init(&open_pool), py::kw_only(), py::arg("device_type"), py::arg("device_index"),
-           py::arg("page_bytes"), py::arg("max_extent_bytes"), py::arg("memory_bytes"),
-           py::arg("inject_faults") = false, py::arg("rehearsal") = false, Release())
-      .def_property_readonly("page_bytes", [](const PyPool& p) { return p.pool->page_bytes(); })
-      .def_property_readonly("max_extent_bytes",
-                             [](const PyPool& p) { return p.pool->max_extent_bytes(); })
-      .def("describe", [](const PyPool& p) { return p.trace->describe(); })
-      .def("driver_calls", [](const PyPool& p) { return to_dict(p.trace->counters()); })
-      .def("recent_calls", [](const PyPool& p) { return p.trace->recent_calls(); })
-      .def("fail_nth", [](const PyPool& p, uint64_t n) { p.checked_faults().fail_nth(n); })
-      .def("fail_from", [](const PyPool& p, uint64_t n) { p.checked_faults().fail_from(n); })
-      .def("disarm", [](const PyPool& p) { p.checked_faults().disarm(); })
-      .def("injected", [](const PyPool& p) { return p.checked_faults().injected(); });
 }
 
 using CacheClass = py::class_<KvCache, std::shared_ptr<KvCache>>;
@@ -272,6 +202,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_exception_translator(&vattn::translate);
   vattn::define_pool(m);
   vattn::define_cache(m);
+  vattn::define_page_range(m);
   vattn::define_probe(m);
   m.def(
       "default_host_page_bytes",

@@ -5,8 +5,8 @@ namespace {
 
 struct Managed {
   DLManagedTensor tensor{};
-  TensorView view;
-  std::shared_ptr<KvCache> cache;
+  std::vector<int64_t> shape, strides;
+  std::shared_ptr<void> owner;
 };
 
 void destroy_unused_capsule(PyObject* capsule) {
@@ -18,18 +18,20 @@ void destroy_unused_capsule(PyObject* capsule) {
 
 }  // namespace
 
-pybind11::capsule make_capsule(std::shared_ptr<KvCache> cache, const TensorView& view,
+pybind11::capsule make_capsule(std::shared_ptr<void> owner, uintptr_t address,
+                               std::vector<int64_t> shape, std::vector<int64_t> strides,
                                DLDataType dtype, DLDevice device) {
   auto managed = std::make_unique<Managed>();
-  managed->view = view;
+  managed->shape = std::move(shape);
+  managed->strides = std::move(strides);
+  managed->owner = std::move(owner);
   DLTensor& tensor = managed->tensor.dl_tensor;
-  tensor.data = reinterpret_cast<void*>(cache->base() + view.offset);
+  tensor.data = reinterpret_cast<void*>(address);
   tensor.device = device;
-  tensor.ndim = static_cast<int32_t>(view.shape.size());
+  tensor.ndim = static_cast<int32_t>(managed->shape.size());
   tensor.dtype = dtype;
-  tensor.shape = managed->view.shape.data();
-  tensor.strides = managed->view.strides.data();
-  managed->cache = std::move(cache);
+  tensor.shape = managed->shape.data();
+  tensor.strides = managed->strides.data();
   managed->tensor.manager_ctx = managed.get();
   managed->tensor.deleter = [](DLManagedTensor* self) {
     delete static_cast<Managed*>(self->manager_ctx);

@@ -4,15 +4,16 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <vector>
 
 #include "bindings/dlpack.h"
-#include "core/kv_cache.h"
 
 namespace vattn {
 
-// A "dltensor" capsule of `view`. The cache, and with it the reservation, lives as long as the
-// capsule or the tensor made from it.
-pybind11::capsule make_capsule(std::shared_ptr<KvCache> cache, const TensorView& view,
+// A "dltensor" capsule of the elements at `address`. `owner`, and with it the reservation, lives as
+// long as the capsule or the tensor made from it. Shape and strides are in elements.
+pybind11::capsule make_capsule(std::shared_ptr<void> owner, uintptr_t address,
+                               std::vector<int64_t> shape, std::vector<int64_t> strides,
                                DLDataType dtype, DLDevice device);
 
 }  // namespace vattn
