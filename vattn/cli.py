@@ -15,6 +15,7 @@ class Command(NamedTuple):
 
     module: str
     summary: str
+    function: str = "main"
 
 
 # Imported only when called: most of them need more than the library does.
@@ -27,6 +28,12 @@ COMMANDS = {
     ),
     "replay": Command("vattn.replay.command", "a trace of requests through the allocator"),
     "plan": Command("vattn.plan.command", "what a model's KV cache needs, and what fits"),
+    "vllm list": Command(
+        "vattn.integrations.vllm.command", "vLLM engines that run here with vattn", "main_list"
+    ),
+    "vllm budget": Command(
+        "vattn.integrations.vllm.command", "show or change the memory of one", "main_budget"
+    ),
 }
 
 
@@ -67,10 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
     try:
-        status: int = importlib.import_module(COMMANDS[name].module).main(
-            arguments, prog=f"vattn {name}"
-        )
+        main = getattr(importlib.import_module(command.module), command.function)
+        status: int = main(arguments, prog=f"vattn {name}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "vattn":
             raise

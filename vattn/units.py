@@ -48,6 +48,20 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
     return size
 
 
+def format_bytes(n: int) -> str:
+    """Write bytes with a binary unit that fits.
+
+    Examples
+    --------
+    >>> format_bytes(2 * 2**20), format_bytes(100), format_bytes(150_754_820_096)
+    ('2 MiB', '100 bytes', '140.4 GiB')
+    """
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if n >= 2**power:
+            return f"{n / 2**power:.1f}".removesuffix(".0") + f" {unit}"
+    return f"{n} bytes"
+
+
 class DType(NamedTuple):
     """An element type: how DLPack names it, and whether torch must reinterpret it."""
 

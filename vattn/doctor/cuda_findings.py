@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vattn.doctor.finding import Facts, Finding, Verdict, size
+from vattn.doctor.finding import Facts, Finding, Verdict
+from vattn.units import format_bytes
 
 NEEDED = "Install an NVIDIA driver for CUDA 11.3 or newer, or use device='cpu'."
 ENOUGH_ADDRESSES = 2**40
@@ -131,8 +132,8 @@ def _device_findings(device_name: str, device: Facts) -> Iterator[Finding]:
             device_name, "virtual memory", "missing", f"{title} {obstacle}.", remedy=remedy
         )
         return
-    pages = f"pages of {size(numbers['granularity'])}"
-    recommended = size(numbers["recommended_granularity"])
+    pages = f"pages of {format_bytes(numbers['granularity'])}"
+    recommended = format_bytes(numbers["recommended_granularity"])
     text = f"{title}: {pages} (recommended: {recommended}), one was made and released."
     yield _device(device_name, "virtual memory", "fine", text)
     yield _device_memory(device_name, numbers)
@@ -157,7 +158,7 @@ def _device(
 
 def _device_memory(device_name: str, numbers: Facts) -> Finding:
     free, total = numbers["free"], numbers["total"]
-    text = f"{size(free)} of {size(total)} free."
+    text = f"{format_bytes(free)} of {format_bytes(total)} free."
     if free >= total // 2:
         return _device(device_name, "memory", "fine", text)
     text += " Others hold the rest, or torch in another process has it cached."
@@ -167,7 +168,7 @@ def _device_memory(device_name: str, numbers: Facts) -> Finding:
 
 def _device_addresses(device_name: str, numbers: Facts) -> Finding:
     got = numbers["reservable"]
-    text = f"{size(got)} of addresses can be reserved in one piece (tried)."
+    text = f"{format_bytes(got)} of addresses can be reserved in one piece (tried)."
     if got >= ENOUGH_ADDRESSES:
         return _device(device_name, "addresses", "fine", text)
     remedy = "Lower max_batch_size or max_seq_len."

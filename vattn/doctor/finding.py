@@ -33,20 +33,6 @@ class Finding:
     remedy: str = ""
 
 
-def size(n: int) -> str:
-    """Write bytes with a unit that fits.
-
-    Examples
-    --------
-    >>> size(2 * 2**20), size(100), size(150_754_820_096)
-    ('2 MiB', '100 bytes', '140.4 GiB')
-    """
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if n >= 2**power:
-            return f"{n / 2**power:.1f}".removesuffix(".0") + f" {unit}"
-    return f"{n} bytes"
-
-
 def release(version: str) -> tuple[int, int]:
     """Return major and minor number of a version; zeros if there are none.
 

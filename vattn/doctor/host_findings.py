@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vattn.doctor.finding import Facts, Finding, Verdict, size, unknown
+from vattn.doctor.finding import Facts, Finding, Verdict, unknown
+from vattn.units import format_bytes
 
 # What several distributions of Linux set today; the kernel's own default is 65,530.
 ENOUGH_MAPPINGS = 262_144
@@ -40,9 +41,11 @@ _Judgement = tuple[Verdict, str, str]
 def _memory(host: Facts) -> _Judgement:
     available, total = host["memory_available"], host.get("memory_total")
     limit = host.get("cgroup_limit")
-    text = f"{size(available)} available" + (f" of {size(total)}." if total else ".")
+    text = f"{format_bytes(available)} available" + (
+        f" of {format_bytes(total)}." if total else "."
+    )
     if limit is not None and limit < (total or limit + 1):
-        text += f" The control group may use {size(limit)}, and pages of a CPU cache count."
+        text += f" The control group may use {format_bytes(limit)}, and pages of a CPU cache count."
         return "limited", text, "Keep memory= below that, or raise the container's memory limit."
     if available < LITTLE_MEMORY:
         return "limited", text, "Free some, or give the cache a small memory=."
@@ -53,8 +56,10 @@ def _mappings(host: Facts) -> _Judgement:
     count = host["max_map_count"]
     text = (
         f"vm.max_map_count is {count:,}: enough for a CPU cache of about "
-        f"{size(count * SMALLEST_DEFAULT_PAGE)} in pages of {size(SMALLEST_DEFAULT_PAGE)}, "
-        f"of {size(count * LARGEST_DEFAULT_PAGE)} in pages of {size(LARGEST_DEFAULT_PAGE)}, "
+        f"{format_bytes(count * SMALLEST_DEFAULT_PAGE)} in pages of "
+        f"{format_bytes(SMALLEST_DEFAULT_PAGE)}, "
+        f"of {format_bytes(count * LARGEST_DEFAULT_PAGE)} in pages of "
+        f"{format_bytes(LARGEST_DEFAULT_PAGE)}, "
         "even if no two are neighbours."
     )
     if count >= ENOUGH_MAPPINGS:
@@ -92,11 +97,11 @@ def _populate(host: Facts) -> _Judgement:
 
 def _addresses(host: Facts) -> _Judgement:
     got, limit = host["reservable"], host.get("address_limit")
-    text = f"{size(got)} of addresses can be reserved in one piece (tried)."
+    text = f"{format_bytes(got)} of addresses can be reserved in one piece (tried)."
     if got >= ENOUGH_ADDRESSES:
         return "fine", text, ""
     if limit is not None:
-        text += f" The limit of this process is {size(limit)}."
+        text += f" The limit of this process is {format_bytes(limit)}."
         return "missing" if got == 0 else "limited", text, "ulimit -v unlimited"
     remedy = "Keep max_batch_size * max_seq_len small, or find out what limits addresses here."
     return "missing" if got == 0 else "limited", text, remedy
@@ -109,7 +114,11 @@ def _memory_file(host: Facts) -> _Judgement:
     text = f"The file that a CPU cache lives in cannot be made: {host['memfd_error']}."
     limit = host.get("file_size_limit")
     if limit is not None:
-        return "missing", f"{text} Files are limited to {size(limit)}.", "ulimit -f unlimited"
+        return (
+            "missing",
+            f"{text} Files are limited to {format_bytes(limit)}.",
+            "ulimit -f unlimited",
+        )
     return "missing", text, "Allow memfd_create in the sandbox (seccomp) of this process."
 
 

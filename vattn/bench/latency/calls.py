@@ -45,14 +45,6 @@ def kind_of(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
 
 
-def size_name(size: int) -> str:
-    """Write a size of whole KiB, MiB or GiB."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
-        if size >= unit:
-            return f"{size / unit:g} {name}"
-    return f"{size // KIB} KiB"
-
-
 def repeat(action: Callable[[], object], n: int, budget_s: float) -> int:
     """Do something ``n`` times, or until ``budget_s`` is spent, but a few times at least."""
     end = time.perf_counter() + budget_s

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vattn.bench.common import Distribution, Measurement, time_calls
-from vattn.bench.latency.calls import MIB, size_name
+from vattn.bench.latency.calls import MIB
 from vattn.bench.latency.raw import RawVmm
+from vattn.units import format_bytes
 
 CALL = "floor/call"  # the measurement that every driver call is held against
 FAULTS = 2048  # pages of one sample
@@ -45,7 +46,9 @@ def _fills(sizes: Sequence[int], n: int) -> list[Measurement]:
         part.fill(0)
         repetitions = max(3, min(n, 4 * 2**30 // size))
         samples = time_calls(part.fill, [1], repetitions)
-        found.append(_measurement(fill_name(size), f"write {size_name(size)} of memory", samples))
+        found.append(
+            _measurement(fill_name(size), f"write {format_bytes(size)} of memory", samples)
+        )
     return found
 
 
@@ -71,7 +74,7 @@ def _cuda_fills(raw: RawVmm, sizes: Sequence[int], n: int) -> list[Measurement]:
     for size in sizes:
         raw.touch(base, size)
         samples = time_calls(lambda size: raw.touch(base, size), [size], n)
-        what = f"cuMemsetD8 and synchronize, {size_name(size)}"
+        what = f"cuMemsetD8 and synchronize, {format_bytes(size)}"
         found.append(_measurement(fill_name(size), what, samples))
     raw.unmap(base, largest)
     raw.release(handle, largest)

@@ -12,8 +12,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from vattn.bench import common
 from vattn.bench.common import Measurement
-from vattn.bench.latency.calls import size_name
 from vattn.bench.plots import save_figure
+from vattn.units import format_bytes
 
 PANELS = ("create", "map", "unmap", "release")
 COLORS = ("#1f6fb4", "#b4472f", "#2e9e6b")
@@ -66,7 +66,7 @@ def _draw_panel(
         FixedLocator(_ticks({s for line in lines.values() for s, _ in line}))
     )
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_name(int(size))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(int(size))))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ns, _: common.duration(ns)))
     axes.tick_params(axis="x", labelrotation=45, labelsize=8)

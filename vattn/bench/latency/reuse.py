@@ -11,8 +11,9 @@ from typing import Any
 from vattn.bench import common
 from vattn.bench.common import Distribution, Measurement, NothingMeasured
 from vattn.bench.latency import floors
-from vattn.bench.latency.calls import KIB, MIB, Samples, kind_of, repeat, size_name
+from vattn.bench.latency.calls import KIB, MIB, Samples, kind_of, repeat
 from vattn.bench.latency.raw import RawVmm
+from vattn.units import format_bytes
 
 SIZES = {"cpu": (64 * KIB, 2 * MIB, 32 * MIB), "cuda": (2 * MIB, 32 * MIB, 256 * MIB)}
 # In the order in which they happen.
@@ -99,7 +100,7 @@ def measure(
         measurements += [
             Measurement(
                 name=f"reuse/raw/{size}/{step}",
-                what=f"{size_name(size)}: {what}",
+                what=f"{format_bytes(size)}: {what}",
                 ns=Distribution.of(life.samples[step]),
                 calls={"page faults": life.faults[step]} if kind == "cpu" else {},
                 limit=_limit(size, step),

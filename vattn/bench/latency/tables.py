@@ -9,8 +9,9 @@ from rich.table import Table
 
 from vattn.bench import common
 from vattn.bench.common import Measurement
-from vattn.bench.latency.calls import CALLS, size_name
+from vattn.bench.latency.calls import CALLS
 from vattn.bench.latency.published import CALL_NS
+from vattn.units import format_bytes
 
 
 def print_sizes(title: str, measurements: Sequence[Measurement], *, published: bool) -> None:
@@ -29,7 +30,7 @@ def print_sizes(title: str, measurements: Sequence[Measurement], *, published: b
     for (backend, manner, size), by_call in sorted(lines.items(), key=lambda item: item[0][2]):
         n = str(next(iter(by_call.values())).ns.n)
         cells = [common.duration(by_call[c].ns.median) if c in by_call else "" for c in shown]
-        table.add_row(size_name(size), manner, backend, n, *cells)
+        table.add_row(format_bytes(size), manner, backend, n, *cells)
     if published:
         cells = [common.duration(CALL_NS[c]) if c in CALL_NS else "" for c in shown]
         table.add_row("2 MiB", "vAttention, Table 3 (A100)", "paper", "", *cells)
@@ -59,7 +60,7 @@ def print_pairs(
             ns = by_state[state].ns
             cells += [str(ns.n), *map(common.duration, (ns.min, ns.median, ns.p99))]
         first, second = (by_state[state].ns.median for state in states)
-        words = [size_name(int(word)) if word.isdigit() else word for word in what.split("/")]
+        words = [format_bytes(int(word)) if word.isdigit() else word for word in what.split("/")]
         named = "" if what == last_what else ", ".join(words)
         table.add_row(named, call, *cells, f"{second / first:.2f}" if first else "")
         last_what = what

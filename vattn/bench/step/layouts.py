@@ -97,15 +97,6 @@ def variants(device: str) -> list[Variant]:
     return [*INTERLEAVED, *PER_LAYER]
 
 
-def size_name(page_bytes: int) -> str:
-    """Write the size of a page.
-
-    >>> size_name(2**21), size_name(2**16)
-    ('2 MiB', '64 KiB')
-    """
-    return f"{page_bytes >> 20} MiB" if page_bytes >= 2**20 else f"{page_bytes >> 10} KiB"
-
-
 def _first_number(path: str) -> int | None:
     try:
         text = Path(path).read_text().strip()

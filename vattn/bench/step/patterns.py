@@ -27,9 +27,9 @@ from vattn.bench.step.layouts import (
     Variant,
     memory_limit,
     rows_that_fit,
-    size_name,
 )
 from vattn.bench.step.timed import Steps, give_back, repetitions
+from vattn.units import format_bytes
 
 PREFILLS = (512, 4096, 32_768)
 ROWS = 64  # that cross a page boundary
@@ -137,7 +137,7 @@ class Bench:
     @property
     def layout(self) -> str:
         """The layout in words, with its pages."""
-        return f"{self.variant.what}, {size_name(self.shape.page_bytes)}"
+        return f"{self.variant.what}, {format_bytes(self.shape.page_bytes)}"
 
     def cache(self, rows: int, tokens: int) -> vattn.KVCache:
         """Make a cache with memory for ``tokens`` tokens in every row, and addresses for more.

@@ -8,9 +8,10 @@ from rich.table import Table
 
 from vattn.bench.common import Distribution, console, duration
 from vattn.bench.step.batch import Sized, ns_per_row
-from vattn.bench.step.layouts import MODEL, size_name
+from vattn.bench.step.layouts import MODEL
 from vattn.bench.step.pace import Pace
 from vattn.bench.step.patterns import Growth
+from vattn.units import format_bytes
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
@@ -73,7 +74,7 @@ def print_paces(paces: Sequence[Pace]) -> None:
     behind = ("calls in step", "in background", "late")
     table = _table(title, ("layout, page",), (*numbers, *behind))
     for p in paces:
-        layout = f"{p.layout}, {size_name(p.page_bytes)}"
+        layout = f"{p.layout}, {format_bytes(p.page_bytes)}"
         times = (p.step.median, p.step.p99, p.step.max)
         table.add_row(
             layout,

@@ -1,0 +1,337 @@
+"""Elastic mode: vLLM's own blocks and prefix cache, over a pool that has memory where it is used.
+
+The managers are vLLM's; they only get their blocks from :class:`ElasticPool`, which prefers blocks
+that have memory, then gives memory to more of them, then takes the least recently used cached one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, ClassVar
+
+import numpy as np
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
+
+from vattn.integrations.vllm.ledger import PageLedger
+
+
+class ElasticPool:
+    """Hands out the blocks of a ``BlockPool`` that have memory; passes everything else on.
+
+    Made before the workers are known: until :meth:`bind`, there is nothing to hand out.
+
+    Notes
+    -----
+    Every method but ``shrink_to`` is for the scheduler's thread. ``shrink_to`` may be called by
+    another one while the engine has no request; what it leaves to do with vLLM's own data is done
+    by :meth:`settle` when the scheduler's thread comes back.
+    """
+
+    _of: ClassVar[weakref.WeakKeyDictionary[BlockPool, ElasticPool]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.ledger: PageLedger | None = None
+        self._fresh: list[KVCacheBlock] = []
+        self._draining: set[int] = set()
+        self._permanent: set[int] = set()
+        self._dropped: list[int] = []
+        self._promised = 0
+        self._clock = 0
+        self._used_at = np.zeros(0, np.int64)
+
+    @classmethod
+    def over(cls, pool: BlockPool | ElasticPool) -> ElasticPool:
+        """Return the one over a pool: all groups of layers share it, as they share the pool."""
+        if isinstance(pool, ElasticPool):
+            return pool
+        if pool not in cls._of:
+            cls._of[pool] = cls(pool)
+        return cls._of[pool]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pool, name)
+
+    def bind(self, ledger: PageLedger) -> None:
+        """Start handing out blocks of frames that this ledger backs."""
+        self.ledger = ledger
+        self._used_at = np.zeros(ledger.geometry.n_frames, np.int64)
+        if ledger.pages_missing([0]) == 0:
+            # The null block's memory, which stays, is all that its frame needs.
+            self._back([0])
+            self._permanent = {0}
+
+    # Admission.
+
+    def begin(self) -> None:
+        """Forget what was promised to the groups of the request before."""
+        self._promised = 0
+
+    def promise(self, n_blocks: int) -> bool:
+        """See to it that so many blocks more can be handed out now, for one group of a request.
+
+        Returns
+        -------
+        bool
+            False: they cannot. The request waits, or another one is preempted.
+        """
+        ledger = self._ledger()
+        self._promised += n_blocks
+        with ledger.lock:
+            short = self._promised - self._free_backed()
+            if short <= 0:
+                return True
+            frames = self._frames_for(short)
+            return frames is not None and self._back(frames)
+
+    def backable(self) -> int:
+        """Blocks that could be handed out by and by: what stock vLLM calls free."""
+        ledger = self._ledger()
+        frames = ledger.room // ledger.frame_pages
+        unbacked = self._n_unbacked()
+        return self._free_backed() + min(frames * ledger.geometry.frame_blocks, unbacked)
+
+    # Handing out.
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """Hand out blocks as ``BlockPool.get_new_blocks`` does, all of them with memory.
+
+        Raises
+        ------
+        ValueError
+            There are not so many: ``promise`` was not asked before.
+        """
+        ledger = self._ledger()
+        taken: list[KVCacheBlock] = []
+        with ledger.lock:
+            while len(taken) < num_blocks:
+                block = (
+                    self._uncached()
+                    or self._from_new_frames(num_blocks - len(taken))
+                    or self._least_recently_used()
+                )
+                if block is None:
+                    raise ValueError(f"cannot get {num_blocks} blocks that have memory")
+                if block.block_hash is not None:
+                    self.pool.evict_blocks({block.block_id})
+                self.pool.touch([block])
+                taken.append(block)
+            self.note_use(taken)
+        return taken
+
+    def note_use(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Remember that these blocks are used: their frames are the last ones to lose memory."""
+        self._clock += 1
+        for frame in {self._ledger().geometry.frame_of(block.block_id) for block in blocks}:
+            self._used_at[frame] = self._clock
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, as ``BlockPool.reset_prefix_cache`` does."""
+        ledger = self._ledger()
+        with ledger.lock:
+            self.settle()
+            done = self.pool.reset_prefix_cache()
+            if done:
+                self._add_fresh(
+                    frame for frame in range(ledger.geometry.n_frames) if ledger.backed(frame)
+                )
+            return done
+
+    # Giving memory back.
+
+    def shrink_to(self, pages: int) -> None:
+        """Take the memory from frames that nobody uses, until at most so many pages are mapped."""
+        ledger = self._ledger()
+        with ledger.lock:
+            idle = [frame for frame in self._held_frames() if self._users(frame) == 0]
+            idle.sort(key=lambda frame: int(self._used_at[frame]))
+            victims: list[int] = []
+            excess = ledger.mapped_pages - pages
+            for frame in idle:
+                if ledger.pages_freed(victims) >= excess:
+                    break
+                victims.append(frame)
+            if victims:
+                ledger.unback(victims)
+                self._dropped += victims
+
+    def enforce_budget(self) -> None:
+        """Get below a budget that was lowered; what running requests hold follows as they end."""
+        ledger = self._ledger()
+        with ledger.lock:
+            self._draining.clear()
+            if ledger.over:
+                self.shrink_to(ledger.budget_pages)
+            if ledger.over:
+                held = sorted(self._held_frames(), key=self._users)
+                while held and ledger.pages_freed(self._draining) < ledger.over:
+                    self._draining.add(held.pop(0))
+            self.settle()
+
+    def settle(self) -> None:
+        """Let vLLM forget what was cached in frames that lost their memory."""
+        ledger = self._ledger()
+        with ledger.lock:
+            dropped, self._dropped = self._dropped, []
+            for frame in dropped:
+                ids = ledger.geometry.blocks_of(frame)
+                self.pool.evict_blocks(set(ids))
+                for block_id in ids:
+                    self._to_tail(self.pool.blocks[block_id])
+
+    # Inside. The free queue of vLLM has, from the front: blocks that were freed without a hash,
+    # blocks never used, cached blocks with the least recently used first. Blocks without memory may
+    # lie anywhere in it; those that are met at the front go to the tail.
+
+    def _ledger(self) -> PageLedger:
+        assert self.ledger is not None, "bind() comes first"
+        return self.ledger
+
+    def _held_frames(self) -> list[int]:
+        return [f for f in self._ledger().backed_frames() if f not in self._permanent]
+
+    def _n_blocks(self, frame: int) -> int:
+        """Blocks of a frame that can be handed out: not the null block."""
+        return len(self._ledger().geometry.blocks_of(frame)) - (frame == 0)
+
+    def _users(self, frame: int) -> int:
+        blocks = self.pool.blocks
+        return sum(blocks[i].ref_cnt > 0 for i in self._ledger().geometry.blocks_of(frame))
+
+    def _n_unbacked(self) -> int:
+        ledger = self._ledger()
+        geometry = ledger.geometry
+        full = ledger.n_backed * geometry.frame_blocks
+        for frame in {0, geometry.n_frames - 1}:
+            if ledger.backed(frame):
+                full -= geometry.frame_blocks - self._n_blocks(frame)
+        return geometry.num_blocks - 1 - full
+
+    def _free_backed(self) -> int:
+        free = self.pool.get_num_free_blocks() - self._n_unbacked()
+        for frame in self._draining:
+            free -= self._n_blocks(frame) - self._users(frame)
+        return max(0, free)
+
+    def _frames_for(self, n_blocks: int) -> list[int] | None:
+        frames: list[int] = []
+        for frame in self._ledger().unbacked_frames():
+            if n_blocks <= 0:
+                break
+            frames.append(frame)
+            n_blocks -= self._n_blocks(frame)
+        return frames if n_blocks <= 0 else None
+
+    def _back(self, frames: Sequence[int]) -> bool:
+        if not self._ledger().back(frames):
+            return False
+        self._add_fresh(frames)
+        return True
+
+    def _add_fresh(self, frames: Iterable[int]) -> None:
+        ids = [i for frame in frames for i in self._ledger().geometry.blocks_of(frame)]
+        # Taken from the end: the lowest block first.
+        self._fresh = [self.pool.blocks[i] for i in reversed(ids)] + self._fresh
+
+    def _usable(self, block: KVCacheBlock) -> bool:
+        frame = self._ledger().geometry.frame_of(block.block_id)
+        return self._ledger().backed(frame) and frame not in self._draining
+
+    def _uncached(self) -> KVCacheBlock | None:
+        queue = self.pool.free_block_queue
+        while (block := queue.fake_free_list_head.next_free_block).next_free_block is not None:
+            if block.block_hash is not None:
+                break
+            if self._usable(block):
+                return block
+            if not self._ledger().backed(self._ledger().geometry.frame_of(block.block_id)):
+                break  # blocks never used begin here
+            self._to_tail(block)
+        while self._fresh:
+            block = self._fresh.pop()
+            free = block.ref_cnt == 0 and block.block_hash is None and not block.is_null
+            if free and self._usable(block):
+                return block
+        return None
+
+    def _from_new_frames(self, n_blocks: int) -> KVCacheBlock | None:
+        # As many as are wanted in one call to the workers, but no more than there is room for.
+        most = self._ledger().room // self._ledger().frame_pages
+        frames = list(islice(self._ledger().unbacked_frames(), most))
+        frames = frames[: -(-n_blocks // self._ledger().geometry.frame_blocks)]
+        if not frames or not self._back(frames):
+            return None
+        return self._uncached()
+
+    def _least_recently_used(self) -> KVCacheBlock | None:
+        queue = self.pool.free_block_queue
+        for _ in range(queue.num_free_blocks):
+            block = queue.fake_free_list_head.next_free_block
+            if self._usable(block):
+                return block
+            self._to_tail(block)
+        return None
+
+    def _to_tail(self, block: KVCacheBlock) -> None:
+        if block.ref_cnt == 0 and not block.is_null:
+            self.pool.free_block_queue.remove(block)
+            self.pool.free_block_queue.append(block)
+
+
+class _ElasticManager(SingleTypeKVCacheManager):
+    """Mixed into vLLM's managers: their blocks come from an :class:`ElasticPool`."""
+
+    def __init__(self, kv_cache_spec: Any, block_pool: BlockPool, **options: Any) -> None:
+        pool = ElasticPool.over(block_pool)
+        super().__init__(kv_cache_spec, block_pool=pool, **options)
+        self.elastic = pool
+
+    def pool_of_vattn(self) -> ElasticPool:
+        """Return what gives blocks to requests: one pool for all groups."""
+        return self.elastic
+
+    def get_num_blocks_to_allocate(
+        self, *arguments: Any, apply_admission_cap: bool = False, **options: Any
+    ) -> int:
+        """Blocks needed, plus those that stock vLLM takes for free but that can get no memory.
+
+        vLLM compares the sum with the free blocks of its pool, keeping its own reserves. More than
+        there are blocks if the memory cannot be had: the request is not scheduled.
+        """
+        pool = self.elastic
+        if self.kv_cache_group_id == 0:
+            pool.begin()
+        needed: int = super().get_num_blocks_to_allocate(
+            *arguments, apply_admission_cap=apply_admission_cap, **options
+        )
+        if needed == 0:
+            return 0
+        # The capped call only asks whether the whole request would fit.
+        if not apply_admission_cap and not pool.promise(needed):
+            return pool.num_gpu_blocks + 1
+        if self.kv_cache_group_id == 0:
+            needed += pool.get_num_free_blocks() - pool.backable()
+        return needed
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *arguments: Any
+    ) -> None:
+        """Take cached blocks over, and remember that they are used."""
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *arguments)
+        self.elastic.note_use(new_computed_blocks)
+
+
+class ElasticFullManager(_ElasticManager, FullAttentionManager):
+    """vLLM's manager for full attention, over memory that comes and goes."""
+
+
+class ElasticSlidingManager(_ElasticManager, SlidingWindowManager):
+    """vLLM's manager for sliding windows, over memory that comes and goes."""

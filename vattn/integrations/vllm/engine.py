@@ -1,0 +1,231 @@
+"""The scheduler's end: the ledger, the socket, and the thread that shrinks an idle engine."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any, Protocol
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vattn.integrations.vllm.channel import ChannelClosed, Json, Server
+from vattn.integrations.vllm.geometry import permanent_pages
+from vattn.integrations.vllm.ledger import PageLedger
+from vattn.integrations.vllm.settings import Settings
+from vattn.integrations.vllm.specs import Plan, plan_of
+from vattn.units import format_bytes
+
+# A name below "vllm", which is what vLLM configures to be shown.
+logger = init_logger(f"vllm.{__name__}")
+
+# Workers listen before the scheduler is made; on a busy machine their threads may need a moment.
+WORKERS_TIMEOUT_S = 120.0
+# How often an idle engine looks whether blocks have been given back since.
+RECHECK_S = 0.25
+
+
+class Pool(Protocol):
+    """What gives blocks to requests: one for each mode."""
+
+    def bind(self, ledger: PageLedger) -> None:
+        """Start serving with the memory of this ledger."""
+
+    def shrink_to(self, pages: int) -> None:
+        """Take memory that nobody uses until at most so many pages are mapped."""
+
+    def enforce_budget(self) -> None:
+        """Get below a budget that was lowered."""
+
+    def settle(self) -> None:
+        """Let vLLM's own data follow what ``shrink_to`` did on another thread."""
+
+
+class EngineMemory:
+    """The memory of one engine, as its scheduler sees it.
+
+    Notes
+    -----
+    vLLM's scheduler runs on one thread, which takes the ledger's lock when a request comes; the
+    control thread acts only while there is none. So a request that comes while the engine shrinks
+    waits for the end of it, and vLLM's own data are touched by its own thread alone.
+    """
+
+    def __init__(
+        self, config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings, name: str
+    ) -> None:
+        self.settings = settings
+        self.name = name
+        self._plan: Plan = plan_of(config, kv_cache_config, settings)
+        self._n_workers = config.parallel_config.world_size
+        longest = -(-config.model_config.max_model_len // config.cache_config.block_size)
+        self._longest_blocks = longest * len(kv_cache_config.kv_cache_groups)
+        self._live: set[str] = set()
+        self._idle_since = time.monotonic()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._pool: Pool | None = None
+        self.ledger: PageLedger | None = None
+        self._server = Server(name, self.answer)
+        self._control = threading.Thread(target=self._run, name="vattn-control", daemon=True)
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """Wait for the workers and begin to serve.
+
+        Raises
+        ------
+        ValueError
+            A budget that one request of the longest length does not fit in.
+        TimeoutError
+            The workers did not come.
+        """
+        facts = self._server.wait_for_workers(self._n_workers, WORKERS_TIMEOUT_S)
+        permanent = max(int(fact["mapped_pages"]) for fact in facts)
+        geometry, row_frames = self._plan
+        budget = geometry.n_pages
+        if self.settings.budget_bytes is not None:
+            budget = self.settings.budget_bytes // geometry.page_bytes
+        self.ledger = PageLedger(
+            geometry,
+            budget_pages=geometry.n_pages,
+            floor_pages=self.settings.floor_bytes // geometry.page_bytes,
+            minimum_pages=self._minimum_pages(permanent),
+            call=self._server.call,
+        )
+        self.ledger.set_budget(max(budget, 0))
+        self.ledger.hold(np.concatenate(permanent_pages(geometry, row_frames)), permanent)
+        managers = manager.coordinator.single_type_managers
+        pool: Pool = managers[0].pool_of_vattn()
+        pool.bind(self.ledger)
+        self._pool = pool
+        self._control.start()
+        logger.info(
+            "vattn serves %s in %s mode: %s",
+            self.name,
+            self.settings.mode,
+            self.describe(),
+        )
+
+    def _minimum_pages(self, permanent: int) -> int:
+        geometry = self._plan.geometry
+        # The null block's frame has one block less for requests.
+        spare = 1 if self.settings.mode == "elastic" else 0
+        frames = -(-(self._longest_blocks + spare) // geometry.frame_blocks)
+        return min(permanent + frames * geometry.max_frame_pages, geometry.n_pages)
+
+    # On the scheduler's thread.
+
+    def request_came(self, request_id: str) -> None:
+        """Note a request; waits while the control thread takes memory from the idle engine."""
+        assert self.ledger is not None and self._pool is not None
+        with self.ledger.lock:
+            self._live.add(request_id)
+            self._pool.settle()
+
+    def request_ended(self, request_id: str) -> None:
+        """Note the end of a request."""
+        self._live.discard(request_id)
+        if not self._live:
+            self._idle_since = time.monotonic()
+            with self._wake:
+                self._wake.notify_all()
+
+    def before_step(self) -> None:
+        """Follow a budget that was lowered."""
+        assert self.ledger is not None and self._pool is not None
+        if self.ledger.over:
+            self._pool.enforce_budget()
+
+    # On other threads.
+
+    def answer(self, request: Json) -> Json:
+        """Answer a client of the socket."""
+        if self.ledger is None:
+            raise ValueError("the engine is still starting; ask again")
+        if request.get("op") == "budget":
+            size = int(request["bytes"])
+            self.ledger.set_budget(size // self.ledger.page_bytes)
+            logger.info("vattn: the budget of %s is now %s", self.name, format_bytes(size))
+            with self._wake:
+                self._wake.notify_all()
+            self._shrink_if_idle()
+        elif request.get("op") != "status":
+            raise ValueError(f"operation {request.get('op')!r} is neither 'status' nor 'budget'")
+        return {"status": self.status()}
+
+    def status(self) -> dict[str, Any]:
+        """Describe the engine's memory; sizes are those of one worker."""
+        assert self.ledger is not None
+        ledger = self.ledger
+        page = ledger.page_bytes
+        return {
+            "name": self.name,
+            "mode": self.settings.mode,
+            "pid": os.getpid(),
+            "budget_bytes": ledger.budget_pages * page,
+            "floor_bytes": ledger.floor_pages * page,
+            "minimum_bytes": ledger.minimum_pages * page,
+            "ceiling_bytes": ledger.geometry.n_pages * page,
+            "mapped_bytes": ledger.mapped_pages * page,
+            "idle": not self._live,
+            "running_requests": len(self._live),
+        }
+
+    def describe(self) -> str:
+        """Write the limits in words."""
+        sizes = {k: format_bytes(v) for k, v in self.status().items() if k.endswith("_bytes")}
+        return (
+            f"budget {sizes['budget_bytes']} of {sizes['ceiling_bytes']}, floor "
+            f"{sizes['floor_bytes']}, idle after {self.settings.idle_seconds:g} s"
+        )
+
+    def close(self) -> None:
+        """Stop listening and end the control thread. Idempotent."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._server.close()
+        if self._control.is_alive():
+            self._control.join()
+
+    def _run(self) -> None:
+        while not self._closed:
+            with self._wake:
+                self._wake.wait(self._pause())
+            try:
+                self._shrink_if_idle()
+            except ChannelClosed:
+                return  # a worker is gone: vLLM ends the engine
+            except Exception:
+                # Nobody waits for this thread; the engine goes on with what is mapped.
+                logger.exception("vattn could not shrink the idle engine %s", self.name)
+
+    def _pause(self) -> float | None:
+        """Seconds until the idle engine is looked at; None: when something happens."""
+        if self._closed:
+            return 0.0
+        if self._live or self.ledger is None or self.ledger.mapped_pages <= self._idle_pages():
+            return None
+        left = self._idle_since + self.settings.idle_seconds - time.monotonic()
+        return max(left, RECHECK_S)
+
+    def _idle_pages(self) -> int:
+        assert self.ledger is not None
+        return min(self.ledger.floor_pages, self.ledger.budget_pages)
+
+    def _shrink_if_idle(self) -> None:
+        assert self.ledger is not None and self._pool is not None
+        ledger = self.ledger
+        with ledger.lock:
+            if self._live:
+                return
+            idle_for = time.monotonic() - self._idle_since
+            target = ledger.budget_pages
+            if idle_for >= self.settings.idle_seconds:
+                target = self._idle_pages()
+            if ledger.mapped_pages > target:
+                self._pool.shrink_to(target)
