@@ -187,13 +187,13 @@ class ContiguousManager(FullAttentionManager):
         ledger = self._ledger()
         if n_pages <= 0:
             return
-        victims: list[int] = []
-        for row in sorted(self._parked(), key=lambda row: int(self._used_at[row])):
-            if row == keep:
-                continue
-            for frame in reversed(self._frames_of(row)[: self._n_backed(row)]):
-                if ledger.pages_freed(victims) >= n_pages:
-                    break
-                victims.append(frame)
+        rows = sorted(self._parked(), key=lambda row: int(self._used_at[row]))
+        frames = (
+            frame
+            for row in rows
+            if row != keep
+            for frame in reversed(self._frames_of(row)[: self._n_backed(row)])
+        )
+        victims = ledger.enough_of(frames, n_pages)
         if victims:
             ledger.unback(victims)

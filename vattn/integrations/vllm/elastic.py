@@ -153,27 +153,22 @@ class ElasticPool:
         with ledger.lock:
             idle = [frame for frame in self._held_frames() if self._users(frame) == 0]
             idle.sort(key=lambda frame: int(self._used_at[frame]))
-            victims: list[int] = []
-            excess = ledger.mapped_pages - pages
-            for frame in idle:
-                if ledger.pages_freed(victims) >= excess:
-                    break
-                victims.append(frame)
-            if victims:
-                ledger.unback(victims)
-                self._dropped += victims
+            self._drop(ledger.enough_of(idle, ledger.mapped_pages - pages))
 
     def enforce_budget(self) -> None:
-        """Get below a budget that was lowered; what running requests hold follows as they end."""
+        """Get below a budget that was lowered; what running requests hold follows as they end.
+
+        Frames with the fewest users are drained: no block of them is handed out any more.
+        """
         ledger = self._ledger()
         with ledger.lock:
-            self._draining.clear()
-            if ledger.over:
+            self._drop([frame for frame in self._draining if self._users(frame) == 0])
+            if not ledger.over:
+                self._draining.clear()
+            elif ledger.pages_freed(self._draining) < ledger.over:
                 self.shrink_to(ledger.budget_pages)
-            if ledger.over:
                 held = sorted(self._held_frames(), key=self._users)
-                while held and ledger.pages_freed(self._draining) < ledger.over:
-                    self._draining.add(held.pop(0))
+                self._draining = set(ledger.enough_of(held, ledger.over))
             self.settle()
 
     def settle(self) -> None:
@@ -240,6 +235,12 @@ class ElasticPool:
         ids = [i for frame in frames for i in self._ledger().geometry.blocks_of(frame)]
         # Taken from the end: the lowest block first.
         self._fresh = [self.pool.blocks[i] for i in reversed(ids)] + self._fresh
+
+    def _drop(self, frames: Sequence[int]) -> None:
+        if frames:
+            self._ledger().unback(frames)
+            self._draining.difference_update(frames)
+            self._dropped += frames
 
     def _usable(self, block: KVCacheBlock) -> bool:
         frame = self._ledger().geometry.frame_of(block.block_id)

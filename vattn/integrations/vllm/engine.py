@@ -65,6 +65,7 @@ class EngineMemory:
         longest = -(-config.model_config.max_model_len // config.cache_config.block_size)
         self._longest_blocks = longest * len(kv_cache_config.kv_cache_groups)
         self._live: set[str] = set()
+        self._was_over = False
         self._idle_since = time.monotonic()
         self._wake = threading.Condition()
         self._closed = False
@@ -88,7 +89,8 @@ class EngineMemory:
         geometry, row_frames = self._plan
         budget = geometry.n_pages
         if self.settings.budget_bytes is not None:
-            budget = self.settings.budget_bytes // geometry.page_bytes
+            # vLLM rounds its blocks down, so a little too much is no mistake here.
+            budget = min(budget, self.settings.budget_bytes // geometry.page_bytes)
         self.ledger = PageLedger(
             geometry,
             budget_pages=geometry.n_pages,
@@ -96,7 +98,7 @@ class EngineMemory:
             minimum_pages=self._minimum_pages(permanent),
             call=self._server.call,
         )
-        self.ledger.set_budget(max(budget, 0))
+        self.ledger.set_budget(budget)
         self.ledger.hold(np.concatenate(permanent_pages(geometry, row_frames)), permanent)
         managers = manager.coordinator.single_type_managers
         pool: Pool = managers[0].pool_of_vattn()
@@ -135,10 +137,11 @@ class EngineMemory:
                 self._wake.notify_all()
 
     def before_step(self) -> None:
-        """Follow a budget that was lowered."""
+        """Follow a budget that was lowered, or raised again."""
         assert self.ledger is not None and self._pool is not None
-        if self.ledger.over:
+        if self.ledger.over or self._was_over:
             self._pool.enforce_budget()
+        self._was_over = self.ledger.over > 0
 
     # On other threads.
 

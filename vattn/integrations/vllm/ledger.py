@@ -88,8 +88,15 @@ class PageLedger:
         Raises
         ------
         ValueError
-            Less than one request of the longest length needs: it would wait for ever.
+            Less than one request of the longest length needs: it would wait for ever. Or more than
+            there are addresses for.
         """
+        if pages > self.geometry.n_pages:
+            raise ValueError(
+                f"the budget is {pages * self.page_bytes} bytes, but vLLM has addresses for "
+                f"{self.geometry.n_pages * self.page_bytes} only; give less, or serve with a "
+                "higher --num-gpu-blocks-override"
+            )
         if pages < self.minimum_pages:
             raise ValueError(
                 f"the budget is {pages * self.page_bytes} bytes, less than the "
@@ -97,7 +104,7 @@ class PageLedger:
                 "needs; give more, or serve with a lower --max-model-len"
             )
         with self.lock:
-            self.budget_pages = min(pages, self.geometry.n_pages)
+            self.budget_pages = pages
             self._refused_until = 0.0
 
     @property
@@ -147,6 +154,19 @@ class PageLedger:
     def pages_freed(self, frames: Iterable[int]) -> int:
         """Pages that taking the memory from these frames would unmap."""
         return len(self._no_longer_used(frames))
+
+    def enough_of(self, frames: Iterable[int], n_pages: int) -> list[int]:
+        """Take frames, in their order, until so many pages would be unmapped with them; or all."""
+        left = self._frames_on.copy()
+        enough: list[int] = []
+        for frame in frames:
+            if n_pages <= 0:
+                break
+            pages = self.geometry.pages_of(frame)
+            left[pages] -= 1
+            n_pages -= int(np.count_nonzero(left[pages] == 0))
+            enough.append(frame)
+        return enough
 
     def hold(self, pages: NDArray[np.int64], n_physical: int) -> None:
         """Record pages that the workers mapped themselves, for good: those of the null block.
