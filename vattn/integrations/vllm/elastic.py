@@ -44,6 +44,8 @@ class ElasticPool:
         self._draining: set[int] = set()
         self._permanent: set[int] = set()
         self._dropped: list[int] = []
+        # The end of the run of blocks without memory in vLLM's free queue.
+        self._last_unbacked: KVCacheBlock = pool.blocks[-1]
         self._promised = 0
         self._clock = 0
         self._used_at = np.zeros(0, np.int64)
@@ -112,6 +114,7 @@ class ElasticPool:
         ledger = self._ledger()
         taken: list[KVCacheBlock] = []
         with ledger.lock:
+            self.settle()
             while len(taken) < num_blocks:
                 block = (
                     self._uncached()
@@ -177,14 +180,19 @@ class ElasticPool:
         with ledger.lock:
             dropped, self._dropped = self._dropped, []
             for frame in dropped:
-                ids = ledger.geometry.blocks_of(frame)
-                self.pool.evict_blocks(set(ids))
-                for block_id in ids:
-                    self._to_tail(self.pool.blocks[block_id])
+                self.pool.evict_blocks(set(ledger.geometry.blocks_of(frame)))
+            if dropped:
+                self._gather_unbacked()
 
     # Inside. The free queue of vLLM has, from the front: blocks that were freed without a hash,
-    # blocks never used, cached blocks with the least recently used first. Blocks without memory may
-    # lie anywhere in it; those that are met at the front go to the tail.
+    # blocks never used, cached blocks with the least recently used first. Blocks without memory are
+    # one run in it, ascending, so that it can be skipped; frames get memory from the lowest on.
+
+    def _gather_unbacked(self) -> None:
+        for frame in self._ledger().unbacked_frames():
+            for block_id in self._ledger().geometry.blocks_of(frame):
+                self._last_unbacked = self.pool.blocks[block_id]
+                self._to_tail(self._last_unbacked)
 
     def _ledger(self) -> PageLedger:
         assert self.ledger is not None, "bind() comes first"
@@ -265,20 +273,21 @@ class ElasticPool:
 
     def _from_new_frames(self, n_blocks: int) -> KVCacheBlock | None:
         # As many as are wanted in one call to the workers, but no more than there is room for.
-        most = self._ledger().room // self._ledger().frame_pages
-        frames = list(islice(self._ledger().unbacked_frames(), most))
-        frames = frames[: -(-n_blocks // self._ledger().geometry.frame_blocks)]
+        ledger = self._ledger()
+        wanted = -(-n_blocks // ledger.geometry.frame_blocks)
+        most = min(wanted, ledger.room // ledger.frame_pages)
+        frames = list(islice(ledger.unbacked_frames(), most))
         if not frames or not self._back(frames):
             return None
         return self._uncached()
 
     def _least_recently_used(self) -> KVCacheBlock | None:
-        queue = self.pool.free_block_queue
-        for _ in range(queue.num_free_blocks):
-            block = queue.fake_free_list_head.next_free_block
+        block = self.pool.free_block_queue.fake_free_list_head.next_free_block
+        while block.next_free_block is not None:
             if self._usable(block):
                 return block
-            self._to_tail(block)
+            backed = self._ledger().backed(self._ledger().geometry.frame_of(block.block_id))
+            block = (block if backed else self._last_unbacked).next_free_block
         return None
 
     def _to_tail(self, block: KVCacheBlock) -> None:

@@ -1,0 +1,1 @@
+"""Serving with vLLM, stock beside vattn, in one run: ``-m benchmarks.vllm``."""
