@@ -158,6 +158,9 @@ class Walk:
         managers: list[Any] = list(self.manager.coordinator.single_type_managers)
         self.pool: ElasticPool | ContiguousManager = managers[0].pool_of_vattn()
         self.pool.bind(self.ledger)
+        if isinstance(self.pool, ElasticPool):
+            # By single frames, or several at a time.
+            self.pool.ahead_bytes = seed % 2 * 3 * self.ledger.frame_pages * shape.page_bytes
         self.running: list[Request] = []
         self.held: dict[int, tuple[int, ...]] = {}  # what is in each block's memory
         self.hits = self.refused = self.preempted = self.came = 0

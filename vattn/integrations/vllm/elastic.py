@@ -35,6 +35,10 @@ class ElasticPool:
     by :meth:`settle` when the scheduler's thread comes back.
     """
 
+    # Memory that one call to the workers maps at least, if frames are smaller: the call itself
+    # takes about as long as mapping a megabyte of the host's memory.
+    ahead_bytes = 4 * 2**20
+
     _of: ClassVar[weakref.WeakKeyDictionary[BlockPool, ElasticPool]] = weakref.WeakKeyDictionary()
 
     def __init__(self, pool: BlockPool) -> None:
@@ -272,10 +276,12 @@ class ElasticPool:
         return None
 
     def _from_new_frames(self, n_blocks: int) -> KVCacheBlock | None:
-        # As many as are wanted in one call to the workers, but no more than there is room for.
+        # In one call to the workers, and a few more than are wanted; but no more than there is room
+        # for.
         ledger = self._ledger()
         wanted = -(-n_blocks // ledger.geometry.frame_blocks)
-        most = min(wanted, ledger.room // ledger.frame_pages)
+        ahead = self.ahead_bytes // (ledger.frame_pages * ledger.page_bytes)
+        most = min(max(wanted, ahead), ledger.room // ledger.frame_pages)
         frames = list(islice(ledger.unbacked_frames(), most))
         if not frames or not self._back(frames):
             return None
