@@ -220,6 +220,24 @@ def test_whichever_driver_call_fails_nothing_has_changed(backend):
     pages.close()
 
 
+@everywhere
+def test_faulting_in_can_be_left_to_another_call(make):
+    pages = make()
+
+    def populated():
+        calls = pages.pool.driver_calls()["other"]
+        return calls["populate"]["count"] if "populate" in calls else 0
+
+    pages.map([(0, 2)], populate=False)
+    assert populated() == 0
+    pages.populate([(0, 2)])
+    assert populated() == 1
+    pages.populate([(5, 1)])  # has no memory: left alone
+    assert pages.mapped_runs() == [(0, 2)]
+    with pytest.raises(ValueError, match="16"):
+        pages.populate([(15, 2)])
+
+
 @on_host
 def test_mapped_memory_is_there_and_unmapped_memory_is_not(make):
     pages = make(pages=512)

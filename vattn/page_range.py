@@ -105,13 +105,16 @@ class PageRange:
 
     # Memory.
 
-    def map(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Put memory under pages that have none. On the CPU it is also faulted in.
+    def map(self, runs: Sequence[tuple[int, int]], *, populate: bool = True) -> None:
+        """Put memory under pages that have none.
 
         Parameters
         ----------
         runs : sequence of (int, int)
             First page and count of each run, in any order. Neighbours are one driver call.
+        populate : bool
+            On the CPU, fault the memory in as well. Without it, whoever writes first does, or a
+            call of :meth:`populate` on another thread.
 
         Raises
         ------
@@ -129,6 +132,23 @@ class PageRange:
         ``mapped_runs``. Waits for no device work.
         """
         self._core.map(runs)
+        if populate:
+            self._core.populate(runs)
+
+    def populate(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Fault in, on the CPU, pages that were mapped without. A hint that changes nothing else.
+
+        Parameters
+        ----------
+        runs : sequence of (int, int)
+            First page and count of each run. What has no memory any more is left alone.
+
+        Raises
+        ------
+        ValueError
+            A page that is outside, or is named twice.
+        """
+        self._core.populate(runs)
 
     def alias(self, first: int, count: int) -> None:
         """Put one physical page under ``count`` pages: they read and write the same memory.

@@ -34,6 +34,7 @@ void define_page_range(py::module_& m) {
            }),
            py::arg("pool"), py::arg("n_pages"), Release())
       .def("map", &PageRange::map, py::arg("runs"), Release())
+      .def("populate", &PageRange::populate, py::arg("runs"), Release())
       .def("alias", &PageRange::alias, py::arg("first"), py::arg("count"), Release())
       .def(
           "unmap",

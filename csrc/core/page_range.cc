@@ -107,27 +107,28 @@ std::vector<PageRun> PageRange::checked(const Runs& runs, bool mapped) const {
 
 void PageRange::map(const Runs& runs) {
   process_.check_not_forked();
-  std::vector<PageRun> missing;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    missing = checked(runs, /*mapped=*/false);
-    make_room_to_unmap(total_pages(missing));
-    const std::vector<ExtentId> ids = take(missing);
-    // Every run is committed as it is mapped; these say how far to go back.
-    size_t done = 0, done_pages = 0;
-    try {
-      for (; done < missing.size(); done_pages += missing[done++].count) {
-        put_in(missing[done], &ids[done_pages]);
-      }
-    } catch (...) {
-      for (size_t i = done_pages; i < ids.size(); ++i) pool_->give_back(ids[i]);
-      while (done-- > 0) take_out(missing[done]);
-      pool_->trim();
-      throw;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::vector<PageRun> missing = checked(runs, /*mapped=*/false);
+  make_room_to_unmap(total_pages(missing));
+  const std::vector<ExtentId> ids = take(missing);
+  // Every run is committed as it is mapped; these say how far to go back.
+  size_t done = 0, done_pages = 0;
+  try {
+    for (; done < missing.size(); done_pages += missing[done++].count) {
+      put_in(missing[done], &ids[done_pages]);
     }
+  } catch (...) {
+    for (size_t i = done_pages; i < ids.size(); ++i) pool_->give_back(ids[i]);
+    while (done-- > 0) take_out(missing[done]);
+    pool_->trim();
+    throw;
   }
-  // Without the lock, for it takes long. The pages may be unmapped meanwhile, as far as it cares.
-  for (const PageRun run : missing) {
+}
+
+// Without the lock, for it takes long; so a page may be unmapped meanwhile.
+void PageRange::populate(const Runs& runs) {
+  process_.check_not_forked();
+  for (const PageRun run : joined(runs, pages_.size())) {
     driver().populate(address(run.first), run.count * pool_->page_bytes());
   }
 }

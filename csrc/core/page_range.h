@@ -36,10 +36,13 @@ class PageRange {
   PageRange(const PageRange&) = delete;
   PageRange& operator=(const PageRange&) = delete;
 
-  // Puts memory under pages that have none, and on the host faults it in. All or nothing: throws
-  // std::invalid_argument, OutOfPages, DriverError; then nothing has changed. Only if the driver
-  // also refuses to undo what it did, pages stay mapped, and are counted.
+  // Puts memory under pages that have none. All or nothing: throws std::invalid_argument,
+  // OutOfPages, DriverError; then nothing has changed. Only if the driver also refuses to undo what
+  // it did, pages stay mapped, and are counted.
   void map(const Runs& runs);
+  // On the host, faults pages in that were mapped, ahead of first use. A hint: pages that have been
+  // unmapped meanwhile are left alone. Throws std::invalid_argument for what is outside.
+  void populate(const Runs& runs);
   // Puts one physical page under all `count` pages, which read and write the same memory.
   // Throws as map().
   void alias(int64_t first, int64_t count);

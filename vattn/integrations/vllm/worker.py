@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import queue
+import threading
 
 import torch
 from vllm.config import VllmConfig
@@ -49,6 +51,7 @@ class WorkerMemory:
         self.pages = PageRange(self._size, device=device, page_bytes=self.geometry.page_bytes)
         self._last_map: list[tuple[int, int]] = []
         self._link: WorkerLink | None = None
+        self._to_populate: queue.SimpleQueue[list[tuple[int, int]] | None] = queue.SimpleQueue()
         logger.info(
             "vattn reserved %s for the KV cache, in pages of %s; memory follows the requests",
             format_bytes(self.pages.size),
@@ -75,6 +78,7 @@ class WorkerMemory:
         for first, count in runs_of(shared):
             self.pages.alias(first, count)
         facts = {"mapped_pages": self.pages.mapped_pages, "n_pages": self.pages.n_pages}
+        threading.Thread(target=self._populate, name="vattn-populate", daemon=True).start()
         self._link = WorkerLink(name, rank, self.answer, facts=facts)
 
     def answer(self, request: Json) -> Json:
@@ -93,11 +97,12 @@ class WorkerMemory:
         """Stop listening. The buffer lives as long as vLLM has tensors in it."""
         if self._link is not None:
             self._link.close()
+        self._to_populate.put(None)
 
     def _map(self, runs: list[tuple[int, int]]) -> Json:
         self._last_map = []
         try:
-            self.pages.map(runs)
+            self.pages.map(runs, populate=False)
         except OutOfPagesError as error:
             return {"error": str(error), "kind": REFUSAL}
         except DriverError as error:
@@ -107,7 +112,15 @@ class WorkerMemory:
             logger.warning("vattn: %s", error)
             return {"error": str(error), "kind": REFUSAL}
         self._last_map = runs
+        if self._device_type == "cpu":
+            self._to_populate.put(runs)
         return self._state()
+
+    def _populate(self) -> None:
+        # The scheduler need not wait until the kernel has found the memory, which takes far longer
+        # than mapping it; whoever writes before this thread has come there faults it in.
+        while (runs := self._to_populate.get()) is not None:
+            self.pages.populate(runs)
 
     def _unmap(self, runs: list[tuple[int, int]]) -> Json:
         self._last_map = []
