@@ -56,14 +56,17 @@ def stream(
 ) -> list[int]:
     """Tokens of one request, as they come."""
     found: list[int] = []
-    with client(server).completions.create(
-        model=MODEL,
-        prompt=prompt,
-        max_tokens=max_tokens,
-        temperature=0,
-        stream=True,
-        extra_body={"return_token_ids": True, "ignore_eos": True},
-    ) as chunks:
+    with (
+        client(server) as api,
+        api.completions.create(
+            model=MODEL,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        ) as chunks,
+    ):
         for chunk in chunks:
             found += chunk.choices[0].model_extra["token_ids"]
             on_token.set()
@@ -134,14 +137,15 @@ def test_a_budget_that_is_too_small_is_refused(server: Server) -> None:
 
 def test_several_answers_to_one_prompt_are_alike(server: Server, stock: Report) -> None:
     # vLLM refuses several greedy answers; the best of one token is the same.
-    answer = client(server).completions.create(
-        model=MODEL,
-        prompt=PROMPTS[0],
-        max_tokens=12,
-        temperature=1,
-        n=3,
-        extra_body={"return_token_ids": True, "ignore_eos": True, "top_k": 1},
-    )
+    with client(server) as api:
+        answer = api.completions.create(
+            model=MODEL,
+            prompt=PROMPTS[0],
+            max_tokens=12,
+            temperature=1,
+            n=3,
+            extra_body={"return_token_ids": True, "ignore_eos": True, "top_k": 1},
+        )
     found = [choice.model_extra["token_ids"] for choice in answer.choices]
     assert found == [stock.tokens[0][:12]] * 3
 
@@ -149,22 +153,30 @@ def test_several_answers_to_one_prompt_are_alike(server: Server, stock: Report) 
 def test_a_stop_string_ends_a_request(server: Server, stock: Report) -> None:
     expected = [word(token) for token in stock.tokens[1]]
     stop = expected[6]
-    answer = client(server).completions.create(
-        model=MODEL,
-        prompt=PROMPTS[1],
-        max_tokens=MAX_TOKENS[1],
-        temperature=0,
-        stop=[stop],
-        extra_body={"ignore_eos": True},
-    )
+    with client(server) as api:
+        answer = api.completions.create(
+            model=MODEL,
+            prompt=PROMPTS[1],
+            max_tokens=MAX_TOKENS[1],
+            temperature=0,
+            stop=[stop],
+            extra_body={"ignore_eos": True},
+        )
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].text.split() == expected[: expected.index(stop)]
 
 
 def test_the_memory_of_an_aborted_request_comes_back(server: Server) -> None:
-    with client(server).completions.create(
-        model=MODEL, prompt=PROMPTS[0], max_tokens=300, stream=True, extra_body={"ignore_eos": True}
-    ) as chunks:
+    with (
+        client(server) as api,
+        api.completions.create(
+            model=MODEL,
+            prompt=PROMPTS[0],
+            max_tokens=300,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        ) as chunks,
+    ):
         next(iter(chunks))
         assert server.status().running_requests == 1
     wait_until(lambda: server.status().running_requests == 0, 20, server.status)
