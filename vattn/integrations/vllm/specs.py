@@ -125,15 +125,10 @@ def plan_of(config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settin
     return Plan(geometry, specs[0].blocks_per_row // frame if device_type == "cuda" else None)
 
 
-def frame_blocks(spec: KVCacheSpec, page_bytes: int) -> int:
-    """Blocks that get and lose memory together."""
-    return blocks_per_frame(spec.page_size_bytes, page_bytes)
-
-
 def blocks_per_row(spec: KVCacheSpec, config: VllmConfig, settings: Settings) -> int:
     """Blocks of a row: for the longest request, in whole frames."""
     page_bytes = settings.page_bytes_for(config.device_config.device_type, spec.page_size_bytes)
-    frame = frame_blocks(spec, page_bytes)
+    frame = blocks_per_frame(spec.page_size_bytes, page_bytes)
     longest = -(-config.model_config.max_model_len // spec.block_size)
     return -(-longest // frame) * frame
 
