@@ -160,6 +160,11 @@ std::vector<ExtentId> PageRange::take(const std::vector<PageRun>& runs) {
   if (needed > available) {
     throw OutOfPages(needed, available, "unmap pages that are not in use");
   }
+  const size_t touchable = touchable_pages();
+  if (needed > touchable) {
+    throw OutOfPages(needed, touchable,
+                     "the machine has no more memory free: unmap pages, or end other programs");
+  }
   std::vector<ExtentId> ids;
   ids.reserve(needed);
   const auto undo = [&] {
@@ -181,6 +186,15 @@ std::vector<ExtentId> PageRange::take(const std::vector<PageRun>& runs) {
     throw;
   }
   return ids;
+}
+
+// Pages that can be touched without taking the last memory of the machine: 1/64 of it is left for
+// what others take at the same moment. SIZE_MAX where create() itself says that there is no more.
+size_t PageRange::touchable_pages() const {
+  if (!driver().overcommits()) return SIZE_MAX;
+  const MemoryInfo memory = driver().memory_info();
+  const size_t kept = std::min(memory.free_bytes, memory.total_bytes / 64);
+  return (memory.free_bytes - kept) / pool_->page_bytes();
 }
 
 // Giving back must not allocate.

@@ -79,6 +79,7 @@ class PageRange {
   // The first run at or behind a page; count 0: there is none.
   PageRun next_mapped(size_t page) const noexcept;
   std::vector<ExtentId> take(const std::vector<PageRun>& runs);
+  size_t touchable_pages() const;
   void make_room_to_unmap(size_t n_more);
   const std::vector<Extent>& run_of(const ExtentId* ids, size_t count);
   void put_in(PageRun run, const ExtentId* ids);

@@ -19,6 +19,7 @@ class CudaVmmDriver : public VmmDriver {
   void unreserve(uintptr_t base, size_t bytes) noexcept override;
   Handle create_after(Extent last, size_t bytes) override;
   bool creates_zeroed() const noexcept override { return false; }
+  bool overcommits() const noexcept override { return false; }
   void release(Extent extent) noexcept override;
   void map(uintptr_t base, const std::vector<Extent>& run) override;
   bool unmap(uintptr_t base, const std::vector<Extent>& run) noexcept override;

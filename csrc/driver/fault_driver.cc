@@ -32,6 +32,7 @@ class Injector final : public FaultDriver {
     return inner_->create_after(last, bytes);
   }
   bool creates_zeroed() const noexcept override { return inner_->creates_zeroed(); }
+  bool overcommits() const noexcept override { return inner_->overcommits(); }
   void release(Extent extent) noexcept override { inner_->release(extent); }
   void map(uintptr_t base, const std::vector<Extent>& run) override {
     maybe_throw("map");

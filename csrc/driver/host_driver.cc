@@ -45,6 +45,15 @@ size_t read_number(const char* path, const std::string& key = "") {
   return file >> value ? value : 0;
 }
 
+// What a container may still take. The kernel drops cached files first, but not memory files.
+size_t free_below(size_t limit) {
+  constexpr const char* kStat = "/sys/fs/cgroup/memory.stat";
+  const size_t used = read_number("/sys/fs/cgroup/memory.current");
+  const size_t files = read_number(kStat, "file");
+  const size_t dropped = files - std::min(files, read_number(kStat, "shmem"));
+  return limit - std::min(limit, used - std::min(used, dropped));
+}
+
 class HostVmmDriver final : public VmmDriver {
  public:
   HostVmmDriver(size_t page_bytes, HostUse use) : page_bytes_(page_bytes), use_(use) {
@@ -66,9 +75,13 @@ class HostVmmDriver final : public VmmDriver {
     if (use_ == HostUse::kRehearsal) return {FileOffsets::kLimit, FileOffsets::kLimit};
     const auto pages = static_cast<size_t>(sysconf(_SC_PHYS_PAGES));
     size_t total = pages * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    size_t free = read_number("/proc/meminfo", "MemAvailable:") * kKiB;
     const size_t limit = read_number("/sys/fs/cgroup/memory.max");  // 0 for "max"
-    if (limit != 0 && limit < total) total = limit;
-    return {total, read_number("/proc/meminfo", "MemAvailable:") * kKiB};
+    if (limit != 0 && limit < total) {
+      total = limit;
+      free = std::min(free, free_below(limit));
+    }
+    return {total, free};
   }
 
   uintptr_t reserve(size_t bytes) override {
@@ -100,6 +113,7 @@ class HostVmmDriver final : public VmmDriver {
 
   // File offsets are fresh or a punched hole.
   bool creates_zeroed() const noexcept override { return true; }
+  bool overcommits() const noexcept override { return use_ == HostUse::kMemory; }
 
   void release(Extent extent) noexcept override {
     if (process_.forked()) return;

@@ -67,6 +67,7 @@ class Tracer final : public TracingDriver {
                  [&] { return inner_->create_after(last, bytes); });
   }
   bool creates_zeroed() const noexcept override { return inner_->creates_zeroed(); }
+  bool overcommits() const noexcept override { return inner_->overcommits(); }
   void release(Extent extent) noexcept override {
     given_back(DriverCall::kRelease, static_cast<uint64_t>(extent.handle), extent.bytes,
                [&] { inner_->release(extent); });

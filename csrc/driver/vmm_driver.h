@@ -65,6 +65,9 @@ class VmmDriver {
   virtual Handle create_after(Extent last, size_t bytes) = 0;
   // Whether memory from create() reads as zeros. CUDA promises nothing.
   virtual bool creates_zeroed() const noexcept = 0;
+  // Whether create() hands out more than is free, because memory is taken when it is touched: who
+  // then touches what is not there is killed.
+  virtual bool overcommits() const noexcept = 0;
   // pre: mapped nowhere.
   virtual void release(Extent extent) noexcept = 0;
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "base/fork.h"
@@ -41,15 +42,21 @@ class Ledger final : public VmmDriver {
   std::string violations() const;
   // Runs inside create(). Set it while nobody creates.
   std::function<void()> in_create;
+  // What memory_info() says is free, if not what the driver says.
+  std::optional<size_t> free_bytes;
 
   size_t page_bytes() const noexcept override { return inner_->page_bytes(); }
-  MemoryInfo memory_info() override { return inner_->memory_info(); }
+  MemoryInfo memory_info() override {
+    const MemoryInfo info = inner_->memory_info();
+    return {info.total_bytes, free_bytes.value_or(info.free_bytes)};
+  }
   std::string describe() const override { return inner_->describe(); }
 
   uintptr_t reserve(size_t bytes) override;
   void unreserve(uintptr_t base, size_t bytes) noexcept override;
   Handle create_after(Extent last, size_t bytes) override;
   bool creates_zeroed() const noexcept override { return inner_->creates_zeroed(); }
+  bool overcommits() const noexcept override { return inner_->overcommits(); }
   void release(Extent extent) noexcept override;
   void map(uintptr_t base, const std::vector<Extent>& run) override;
   bool unmap(uintptr_t base, const std::vector<Extent>& run) noexcept override;

@@ -190,6 +190,26 @@ void two_ranges_share_a_pool(const Backend& backend) {
   rig.end();
 }
 
+// The host would hand it out, and end whoever touches it. A device says itself what it lacks.
+void memory_that_the_machine_lacks_is_refused(const Backend& backend) {
+  RangeRig rig(backend);
+  rig.range->map({{0, 2}});
+  rig.ledger->free_bytes = rig.ledger->memory_info().total_bytes / 64 + 3 * rig.page;
+  if (!rig.is_cuda) {
+    check_out_of_pages([&] { rig.range->map({{4, 3}, {9, 1}}); }, 4, 3);
+    check_out_of_pages([&] { rig.range->map({{4, 4}}); }, 4, 3);
+    rig.range->map({{4, 3}});
+    rig.ledger->free_bytes = 0;
+    check_out_of_pages([&] { rig.range->alias(9, 2); }, 1, 0);
+    CHECK_EQ(rig.runs(), "0+2 4+3 ");
+  } else {
+    rig.ledger->free_bytes = 0;
+    rig.range->map({{4, 4}});
+    CHECK_EQ(rig.runs(), "0+2 4+4 ");
+  }
+  rig.end();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -204,6 +224,7 @@ int main(int argc, char** argv) {
                                       BACKEND_TEST(pages_of_an_alias_are_the_same_memory),
                                       BACKEND_TEST(the_last_page_of_an_alias_gives_its_memory_back),
                                       BACKEND_TEST(closing_gives_all_back_but_the_addresses),
-                                      BACKEND_TEST(two_ranges_share_a_pool)}),
+                                      BACKEND_TEST(two_ranges_share_a_pool),
+                                      BACKEND_TEST(memory_that_the_machine_lacks_is_refused)}),
                    argc > 1 ? argv[1] : nullptr);
 }

@@ -119,8 +119,10 @@ void copies_can_be_made_to_fail_and_then_do_nothing() {
 // It decides whether freed memory has to be cleared, so no decorator may answer for the driver.
 void decorators_say_what_the_driver_says_of_new_memory() {
   CHECK(Traced().driver->creates_zeroed());
+  CHECK(Traced().driver->overcommits());
   DOUBLE(reset)();
   CHECK(!trace_driver(inject_faults(open_cuda_driver(0)))->creates_zeroed());
+  CHECK(!trace_driver(inject_faults(open_cuda_driver(0)))->overcommits());
 }
 
 void the_last_64_calls_are_remembered_oldest_first() {
