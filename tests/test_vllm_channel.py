@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from vattn.integrations.vllm import wire, worker_link
+from vattn.integrations.vllm import wire
 from vattn.integrations.vllm.channel import (
     ChannelClosed,
     Server,
@@ -49,8 +49,8 @@ def refuse(request: Json) -> Json:
 
 @pytest.fixture
 def serve(stack: ExitStack) -> Callable[..., Server]:
-    def make(answer: Callable[[Json], Json] = echo, **options: Any) -> Server:
-        server = Server("chat", answer, **options)
+    def make(n_workers: int = 1, **options: Any) -> Server:
+        server = Server("chat", echo, engine_id="1", n_workers=n_workers, **options)
         stack.callback(server.close)
         return server
 
@@ -60,7 +60,7 @@ def serve(stack: ExitStack) -> Callable[..., Server]:
 @pytest.fixture
 def join(stack: ExitStack) -> Callable[..., WorkerLink]:
     def make(rank: int, answer: Callable[[Json], Json] = echo, **options: Any) -> WorkerLink:
-        link = WorkerLink("chat", rank, answer, **options)
+        link = WorkerLink("chat", rank, answer, engine_id="1", **options)
         stack.callback(link.close)
         return link
 
@@ -101,9 +101,9 @@ def raw(stack: ExitStack) -> socket.socket:
 
 def test_all_workers_answer_by_rank_and_tell_of_themselves(serve: Any, join: Any) -> None:
     join(1, lambda request: {"rank": 1, **request}, facts={"page_bytes": 4096})  # before it is up
-    server = serve()
+    server = serve(n_workers=2)
     join(0, lambda request: {"rank": 0, **request}, facts={"page_bytes": 8192})
-    told = server.wait_for_workers(2, PATIENCE_S)
+    told = server.wait_for_workers(PATIENCE_S)
     assert told == [{"page_bytes": 8192}, {"page_bytes": 4096}]
     for n in range(3):
         assert server.call({"n": n}) == [{"rank": 0, "n": n}, {"rank": 1, "n": n}]
@@ -111,18 +111,18 @@ def test_all_workers_answer_by_rank_and_tell_of_themselves(serve: Any, join: Any
 
 def test_workers_work_at_the_same_time(serve: Any, join: Any) -> None:
     both = threading.Barrier(2, timeout=PATIENCE_S)
-    server = serve()
+    server = serve(n_workers=2)
     for rank in range(2):
         join(rank, lambda request: {"place": both.wait()})
-    server.wait_for_workers(2, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     assert sorted(answer["place"] for answer in server.call({})) == [0, 1]
 
 
 def test_an_error_of_one_worker_leaves_the_answers_of_the_others(serve: Any, join: Any) -> None:
-    server = serve()
+    server = serve(n_workers=2)
     join(0, refuse)
     join(1)
-    server.wait_for_workers(2, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     for _ in range(2):
         error, answer = server.call({"op": "map"})
         assert error == {"error": "op is 'map'", "kind": "ValueError"}
@@ -130,18 +130,18 @@ def test_an_error_of_one_worker_leaves_the_answers_of_the_others(serve: Any, joi
 
 
 def test_an_answer_that_cannot_be_sent_is_an_error(serve: Any, join: Any) -> None:
-    server = serve()
+    server = serve(n_workers=2)
     join(0, lambda request: {"bytes": b""})
     join(1, lambda request: None)  # type: ignore[arg-type,return-value]
-    server.wait_for_workers(2, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     assert [answer["kind"] for answer in server.call({})] == ["TypeError", "TypeError"]
 
 
 def test_calls_of_several_threads_do_not_mix(serve: Any, join: Any) -> None:
-    server = serve()
+    server = serve(n_workers=2)
     join(0)
     join(1)
-    server.wait_for_workers(2, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: server.call({"n": n}), range(200)))
     assert answers == [[{"echo": {"n": n}}] * 2 for n in range(200)]
@@ -153,7 +153,7 @@ def test_messages_up_to_the_limit_pass_and_longer_ones_are_not_begun(
     monkeypatch.setattr(wire, "MAX_LINE_BYTES", 300_000)
     server = serve()
     join(0, lambda request: {})
-    server.wait_for_workers(1, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     text = "x" * (300_000 - len('{"text":""}\n'))
     assert server.call({"text": text}) == [{}]
     with pytest.raises(ValueError, match="has 300001 bytes, at most 300000 can be sent"):
@@ -162,33 +162,21 @@ def test_messages_up_to_the_limit_pass_and_longer_ones_are_not_begun(
 
 
 def test_too_few_workers_are_counted(serve: Any, join: Any) -> None:
-    server = serve()
+    server = serve(n_workers=2)
     with pytest.raises(ChannelClosed, match=r"call wait_for_workers\(\) first"):
         server.call({})
     join(0)
-    server.wait_for_workers(1, PATIENCE_S)
+    eventually(lambda: list(server._workers) == [0])
+    with pytest.raises(ChannelClosed, match="1 of 2 workers have connected"):
+        server.call({})
     with pytest.raises(TimeoutError, match=r"1 of 2 workers .* 0\.05 s; see the workers' log"):
-        server.wait_for_workers(2, 0.05)
-
-
-def test_a_second_worker_of_a_rank_is_sent_away(
-    serve: Any, join: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(worker_link, "_LAST_LOOK_S", 0.1)
-    server = serve()
-    join(0)
-    server.wait_for_workers(1, PATIENCE_S)
-    second = join(0, refuse)
-    eventually(lambda: "has a worker of rank 0 already; set another name" in caplog.text)
-    eventually(lambda: not second._thread.is_alive())
-    assert server.call({}) == [{"echo": {}}]
-    assert not server.lost
+        server.wait_for_workers(0.05)
 
 
 @pytest.mark.parametrize("rank", [-1, 1.0, True, "0", None])
 def test_a_rank_is_a_number_from_0(rank: Any) -> None:
     with pytest.raises(ValueError, match=r"rank is .*, expected an int from 0"):
-        WorkerLink("chat", rank, echo)
+        WorkerLink("chat", rank, echo, engine_id="1")
 
 
 def test_a_worker_that_finds_no_scheduler_says_so(
@@ -215,7 +203,7 @@ def test_answers_of_an_interrupted_call_are_not_taken_for_those_of_the_next(
 ) -> None:
     server = serve()
     join(0)
-    server.wait_for_workers(1, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     with monkeypatch.context() as patch:
 
         def interrupted() -> Json:
@@ -230,18 +218,25 @@ def test_answers_of_an_interrupted_call_are_not_taken_for_those_of_the_next(
 
 # Deaths
 
-WORKER = "link = WorkerLink('chat', 1, lambda r: os.kill(os.getpid(), 9))\nprint(1, flush=True)\n"
-SERVER = "server = Server('chat', dict)\nserver.wait_for_workers(1, 60)\nprint(1, flush=True)\n"
+WORKER = (
+    "link = WorkerLink('chat', 1, lambda r: os.kill(os.getpid(), 9), engine_id='1')\n"
+    "print(1, flush=True)\n"
+)
+SERVER = (
+    "server = Server('chat', dict, engine_id='1', n_workers=1)\n"
+    "server.wait_for_workers(60)\n"
+    "print(1, flush=True)\n"
+)
 
 
 def test_a_worker_that_is_killed_is_noticed_at_once(
     serve: Any, join: Any, stack: ExitStack
 ) -> None:
     lost: list[int] = []
-    server = serve(on_lost=lost.append)
+    server = serve(n_workers=2, on_lost=lost.append)
     join(0)
     process, _ = start(stack, WORKER + "time.sleep(60)")
-    server.wait_for_workers(2, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     process.send_signal(signal.SIGKILL)
     eventually(lambda: lost == [1])
     assert server.lost
@@ -249,14 +244,14 @@ def test_a_worker_that_is_killed_is_noticed_at_once(
     with pytest.raises(ChannelClosed, match="a worker of 'chat' is gone"):
         server.call({})
     with pytest.raises(ChannelClosed, match="a worker of 'chat' is gone"):
-        server.wait_for_workers(2, PATIENCE_S)
+        server.wait_for_workers(PATIENCE_S)
 
 
 def test_a_worker_that_dies_during_a_call_ends_it(serve: Any, join: Any, stack: ExitStack) -> None:
-    server = serve()
+    server = serve(n_workers=2)
     join(0)
     start(stack, WORKER + "time.sleep(60)")
-    server.wait_for_workers(2, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     with pytest.raises(ChannelClosed, match="no answer of worker 1 of 'chat'"):
         server.call({})
     assert server.lost
@@ -267,14 +262,14 @@ def test_a_worker_that_dies_is_noticed_though_its_child_lives(serve: Any, stack:
     server = serve()
     process, child = start(
         stack,
-        "link = WorkerLink('chat', 0, dict)\n"
+        "link = WorkerLink('chat', 0, dict, engine_id='1')\n"
         "while link._line is None: time.sleep(0.01)\n"
         "child = os.fork()\n"
         "if child: print(child, flush=True)\n"
         "time.sleep(60)",
     )
     stack.callback(os.kill, child, signal.SIGKILL)
-    server.wait_for_workers(1, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     process.send_signal(signal.SIGKILL)
     eventually(lambda: server.lost)
 
@@ -283,8 +278,8 @@ def test_a_worker_that_speaks_nonsense_is_lost_and_sent_away(serve: Any, stack: 
     lost: list[int] = []
     server = serve(on_lost=lost.append)
     worker = raw(stack)
-    worker.sendall(b'{"hello":"worker","rank":0,"facts":{}}\n')
-    server.wait_for_workers(1, PATIENCE_S)
+    worker.sendall(b'{"hello":"worker","engine_id":"1","rank":0,"facts":{}}\n')
+    server.wait_for_workers(PATIENCE_S)
     worker.sendall(b"yes\n")
     with pytest.raises(ChannelClosed, match="no answer of worker 0 of 'chat': a message is not J"):
         server.call({})
@@ -298,8 +293,8 @@ def test_when_a_call_fails_the_socket_is_gone_already(
 ) -> None:
     server = serve()
     worker = raw(stack)
-    worker.sendall(b'{"hello":"worker","rank":0,"facts":{}}\nyes\n')
-    server.wait_for_workers(1, PATIENCE_S)
+    worker.sendall(b'{"hello":"worker","engine_id":"1","rank":0,"facts":{}}\nyes\n')
+    server.wait_for_workers(PATIENCE_S)
     with monkeypatch.context() as patch:
         patch.setattr(server._workers[0], "shutdown", lambda: None)  # the watcher sees nothing
         with pytest.raises(ChannelClosed):
@@ -309,11 +304,11 @@ def test_when_a_call_fails_the_socket_is_gone_already(
 
 
 def test_a_worker_that_goes_ends_the_wait_for_the_others(serve: Any, join: Any) -> None:
-    server = serve()
+    server = serve(n_workers=2)
     link = join(0)
-    server.wait_for_workers(1, PATIENCE_S)
+    eventually(lambda: list(server._workers) == [0])
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(server.wait_for_workers, 2, 2 * PATIENCE_S)
+        waiting = pool.submit(server.wait_for_workers, 2 * PATIENCE_S)
         link.close()
         with pytest.raises(ChannelClosed, match="a worker of 'chat' is gone"):
             waiting.result(PATIENCE_S)
@@ -355,7 +350,7 @@ def test_closing_ends_everything_and_can_be_done_twice(
     lost: list[int] = []
     server = serve(on_lost=lost.append)
     link = join(0)
-    server.wait_for_workers(1, PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
     client = raw(stack)
     server.close()
     server.close()
@@ -368,7 +363,16 @@ def test_closing_ends_everything_and_can_be_done_twice(
     serve()  # the name is free
 
 
-def test_closing_wakes_who_waits(serve: Any, join: Any) -> None:
+def test_closing_wakes_who_waits_for_workers(serve: Any) -> None:
+    server = serve()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.wait_for_workers, 2 * PATIENCE_S)
+        server.close()
+        with pytest.raises(ChannelClosed):
+            waiting.result(PATIENCE_S)
+
+
+def test_closing_wakes_who_waits_for_an_answer(serve: Any, join: Any) -> None:
     asked, finish = threading.Event(), threading.Event()
 
     def hang(request: Json) -> Json:
@@ -378,14 +382,11 @@ def test_closing_wakes_who_waits(serve: Any, join: Any) -> None:
 
     server = serve()
     link = join(0, hang)
-    server.wait_for_workers(1, PATIENCE_S)
-    with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(server.wait_for_workers, 2, 2 * PATIENCE_S)
+    server.wait_for_workers(PATIENCE_S)
+    with ThreadPoolExecutor(1) as pool:
         called = pool.submit(server.call, {})
         assert asked.wait(PATIENCE_S)
         server.close()
-        with pytest.raises(ChannelClosed):
-            waiting.result(PATIENCE_S)
         with pytest.raises(ChannelClosed):
             called.result(PATIENCE_S)
     finish.set()

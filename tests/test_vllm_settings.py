@@ -7,18 +7,26 @@ from typing import Any
 
 import pytest
 
-from vattn.integrations.vllm.settings import Settings, active_settings, engine_name
+from vattn.integrations.vllm.settings import (
+    NAME,
+    Settings,
+    active_settings,
+    engine_name,
+    start_id,
+)
 
 KIB, MIB = 2**10, 2**20
 
 
-def _config(extra: dict[str, Any] | None, engine_id: str = "0123456789ab-cd") -> Any:
+def _config(
+    extra: dict[str, Any] | None, engine_id: str = "0123456789ab-cd", instance_id: str = "1"
+) -> Any:
     transfer = None
     if extra is not None:
         transfer = SimpleNamespace(
             kv_connector="VattnConnector", kv_connector_extra_config=extra, engine_id=engine_id
         )
-    return SimpleNamespace(kv_transfer_config=transfer)
+    return SimpleNamespace(kv_transfer_config=transfer, instance_id=instance_id)
 
 
 def test_everything_has_a_default() -> None:
@@ -45,6 +53,7 @@ def test_sizes_may_have_units() -> None:
         ({"idle_seconds": float("nan")}, "idle_seconds is nan"),
         ({"name": "a/b"}, "name is 'a/b'"),
         ({"name": "x" * 41}, "at most 40"),
+        ({"name": 123}, "name is 123, expected text"),
         ({"page_bytes": 0}, "page_bytes is 0"),
     ],
 )
@@ -78,13 +87,46 @@ def test_only_an_engine_that_names_the_connector_uses_it() -> None:
 
 
 def test_the_name_is_the_users_or_made_from_the_engine_id() -> None:
-    assert engine_name(_config({}), Settings()) == "vllm-01234567"
+    assert engine_name(_config({}), Settings()) == "vllm-0123456789ab-cd"
     assert engine_name(_config({}), Settings(name="chat")) == "chat"
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["production-a", "production-b"],
+        ["production-" + "x" * 40 + end for end in "ab"],
+        ["0b1d7a3c-6f0e-4e55-9d1c-3a1f9f1e2d00", "0b1d7a3c-6f0e-4e55-9d1c-3a1f9f1e2d01"],
+        ["chat/a", "chat/b", "chat a", "chät", ""],
+    ],
+)
+def test_engines_whose_ids_are_alike_have_different_names(ids: list[str]) -> None:
+    names = {engine_name(_config({}, engine_id=id_), Settings()) for id_ in ids}
+    assert len(names) == len(ids)
+    assert all(NAME.fullmatch(name) for name in names), names
 
 
 def test_engines_of_a_data_parallel_group_have_names_of_their_own() -> None:
     of_rank = _config({}, engine_id="0123456789ab-cd_dp3")
     assert engine_name(of_rank, Settings(name="chat")) == "chat-dp3"
-    assert engine_name(of_rank, Settings()) == "vllm-01234567-dp3"
+    assert engine_name(of_rank, Settings()) == "vllm-0123456789ab-cd-dp3"
     # The front end has the id without a rank, and says which one it means.
     assert engine_name(_config({}), Settings(name="chat"), rank=3) == "chat-dp3"
+
+
+@pytest.mark.parametrize("engine_id", ["a", "a_dp1", "x" * 36, "0b1d7a3c-6f0e-4e55-9d1c-3a1f9f1e2"])
+def test_the_front_end_gives_an_engine_the_name_that_it_gives_itself(engine_id: str) -> None:
+    of_rank = _config({}, engine_id=f"{engine_id}_dp3")
+    front_end = _config({}, engine_id=engine_id)
+    assert engine_name(front_end, Settings(), rank=3) == engine_name(of_rank, Settings())
+
+
+def test_a_start_of_an_engine_is_told_from_all_others() -> None:
+    starts = [
+        _config({}),
+        _config({}, instance_id="2"),  # restarted, with an engine id that the user has set
+        _config({}, engine_id="0123456789ab-cd_dp0"),
+        _config({}, engine_id="0123456789ab-cd_dp1"),  # of the same configuration
+    ]
+    assert len({start_id(config) for config in starts}) == len(starts)
+    assert start_id(_config({})) == start_id(starts[0])

@@ -19,7 +19,14 @@ from contextlib import contextmanager
 
 from vattn.integrations.vllm import sockets, wire
 from vattn.integrations.vllm.sockets import runtime_dir, socket_path
-from vattn.integrations.vllm.wire import Answer, ChannelClosed, Json, Line, RemoteError
+from vattn.integrations.vllm.wire import (
+    AnotherEngine,
+    Answer,
+    ChannelClosed,
+    Json,
+    Line,
+    RemoteError,
+)
 from vattn.integrations.vllm.worker_link import WorkerLink
 
 __all__ = [
@@ -50,6 +57,11 @@ class Server:
     answer : callable
         Answers a client's request, on a thread of that client. What it raises becomes the answer
         ``{"error": message, "kind": name of the type}``.
+    engine_id : str
+        Of this start of the engine. Workers that say hello with another one are sent away.
+    n_workers : int
+        How many the engine has, with ranks from 0. As none is taken in twice, once all are there
+        nobody who says hello gets calls. An engine without workers only answers clients.
     on_lost : callable, optional
         Called with a worker's rank, on a thread of this object, when its connection ends before
         :meth:`close`. By then ``lost`` is True and the socket's file is gone.
@@ -70,12 +82,20 @@ class Server:
     """
 
     def __init__(
-        self, name: str, answer: Answer, *, on_lost: Callable[[int], None] | None = None
+        self,
+        name: str,
+        answer: Answer,
+        *,
+        engine_id: str = "",
+        n_workers: int = 0,
+        on_lost: Callable[[int], None] | None = None,
     ) -> None:
         self.path = socket_path(name)
         self.lost = False
         self._name = name
         self._answer = answer
+        self._engine_id = engine_id
+        self._n_workers = n_workers
         self._on_lost = on_lost
         self._pid = os.getpid()
         self._calling = threading.Lock()  # held during a call; taken before _changed
@@ -92,8 +112,8 @@ class Server:
         )
         self._accepting.start()
 
-    def wait_for_workers(self, n: int, timeout_s: float) -> list[Json]:
-        """Wait until ``n`` workers have said hello.
+    def wait_for_workers(self, timeout_s: float) -> list[Json]:
+        """Wait until all workers have said hello.
 
         Returns
         -------
@@ -107,9 +127,10 @@ class Server:
         ChannelClosed
             One came and is gone, or this object was closed.
         """
+        n = self._n_workers
         with self._changed:
             self._changed.wait_for(
-                lambda: len(self._workers) >= n or self.lost or self._closed, timeout_s
+                lambda: len(self._workers) == n or self.lost or self._closed, timeout_s
             )
             self._check_open()
             if len(self._workers) < n:
@@ -135,6 +156,7 @@ class Server:
         ------
         ChannelClosed
             A worker is gone. What it and the others did is not known; nor will a later call work.
+            Or not all have come yet, and nobody was asked.
         TypeError, ValueError
             The request has no form in JSON, or is too long. Nobody was asked.
         """
@@ -143,8 +165,11 @@ class Server:
             with self._changed:
                 self._check_open()
                 workers = sorted(self._workers.items())
-            if not workers:
-                raise ChannelClosed("no worker has connected; call wait_for_workers() first")
+            if len(workers) < self._n_workers:
+                raise ChannelClosed(
+                    f"{len(workers)} of {self._n_workers} workers have connected; call "
+                    "wait_for_workers() first"
+                )
             if self._unfinished:
                 raise ChannelClosed("an earlier call was interrupted: its answers are not read")
             self._unfinished = True
@@ -253,10 +278,19 @@ class Server:
             self._on_lost(lost)
 
     def _attend(self, line: Line, hello: Json) -> int | None:
-        """Take in a worker, and return its rank when it has gone; None if it was sent away."""
+        """Take in a worker, and return its rank when it has gone; None if that was close()."""
         rank, facts = hello.get("rank"), hello.get("facts")
         if type(rank) is not int or rank < 0 or not isinstance(facts, dict):
             raise ValueError(f"a worker says hello with rank {rank!r} and facts {facts!r:.100}")
+        if hello.get("engine_id") != self._engine_id:
+            raise AnotherEngine(
+                f"another engine named {self._name!r} is running (process {self._pid}); end it, or "
+                "set another name for this one in kv_connector_extra_config"
+            )
+        if rank >= self._n_workers:
+            raise ValueError(
+                f"a worker says hello with rank {rank}, expected less than {self._n_workers}"
+            )
         with self._changed:
             if rank in self._workers:
                 raise ValueError(

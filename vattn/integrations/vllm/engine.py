@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vattn.integrations.vllm.channel import ChannelClosed, Json, Server
 from vattn.integrations.vllm.geometry import permanent_pages
 from vattn.integrations.vllm.ledger import PageLedger
-from vattn.integrations.vllm.settings import Settings
+from vattn.integrations.vllm.settings import Settings, start_id
 from vattn.integrations.vllm.specs import Plan, plan_of
 from vattn.units import format_bytes
 
@@ -61,7 +61,6 @@ class EngineMemory:
         self.settings = settings
         self.name = name
         self._plan: Plan = plan_of(config, kv_cache_config, settings)
-        self._n_workers = config.parallel_config.world_size
         longest = -(-config.model_config.max_model_len // config.cache_config.block_size)
         self._longest_blocks = longest * len(kv_cache_config.kv_cache_groups)
         self._live: set[str] = set()
@@ -71,7 +70,12 @@ class EngineMemory:
         self._closed = False
         self._pool: Pool | None = None
         self.ledger: PageLedger | None = None
-        self._server = Server(name, self.answer)
+        self._server = Server(
+            name,
+            self.answer,
+            engine_id=start_id(config),
+            n_workers=config.parallel_config.world_size,
+        )
         self._control = threading.Thread(target=self._run, name="vattn-control", daemon=True)
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -84,7 +88,7 @@ class EngineMemory:
         TimeoutError
             The workers did not come.
         """
-        facts = self._server.wait_for_workers(self._n_workers, WORKERS_TIMEOUT_S)
+        facts = self._server.wait_for_workers(WORKERS_TIMEOUT_S)
         permanent = max(int(fact["mapped_pages"]) for fact in facts)
         geometry, row_frames = self._plan
         budget = geometry.n_pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -70,9 +71,10 @@ class Settings:
         seconds: Any = self.idle_seconds  # from JSON, so anything
         if type(seconds) not in (int, float) or not (math.isfinite(seconds) and seconds >= 0):
             raise ValueError(f"idle_seconds is {seconds!r}, expected a number of at least 0")
-        if self.name is not None and NAME.fullmatch(str(self.name)) is None:
+        name: Any = self.name
+        if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
             raise ValueError(
-                f"name is {self.name!r}, expected at most 40 letters, digits, '.', '_' or '-'"
+                f"name is {name!r}, expected text of at most 40 letters, digits, '.', '_' or '-'"
             )
 
     @classmethod
@@ -130,8 +132,25 @@ def engine_name(config: VllmConfig, settings: Settings, rank: int | None = None)
     """
     engine_id = config.kv_transfer_config.engine_id
     # vLLM appends the rank to the id of every engine of such a group, in that engine's process.
-    match = re.search(r"_dp(\d+)$", engine_id)
-    if match is not None:
-        rank = int(match[1])
-    base = f"vllm-{engine_id[:8]}" if settings.name is None else settings.name
+    if rank is None and (match := re.search(r"_dp(\d+)$", engine_id)) is not None:
+        engine_id, rank = engine_id[: match.start()], int(match[1])
+    base = _default_name(engine_id) if settings.name is None else settings.name
     return base if rank is None else f"{base}-dp{rank}"
+
+
+def _default_name(engine_id: str) -> str:
+    name = f"vllm-{engine_id}"
+    if NAME.fullmatch(name) is not None:
+        return name
+    # As vLLM's own ids, which are UUIDs. The beginning of one that a user has set says too little.
+    return f"vllm-{hashlib.sha256(engine_id.encode()).hexdigest()[:8]}"
+
+
+def start_id(config: VllmConfig) -> str:
+    """Identify one start of an engine: the same in its scheduler and workers, and nowhere else.
+
+    vLLM's engine id alone is not that: a user can set it, for two engines or for one that is
+    restarted. Its instance id is the time at which the configuration was made, in nanoseconds. That
+    the engines of a data-parallel group have in common, and in their engine ids they differ.
+    """
+    return f"{config.kv_transfer_config.engine_id}@{config.instance_id}"

@@ -44,6 +44,10 @@ class RemoteError(RuntimeError):
         return str(self.args[0])
 
 
+class AnotherEngine(ValueError):
+    """A worker has come to an engine that it is not of, but whose name its own engine has."""
+
+
 class ChannelClosed(ConnectionError):
     """The other side is gone, or there is no telling any more what it has done."""
 

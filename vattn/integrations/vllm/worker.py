@@ -16,7 +16,7 @@ from vattn.integrations.vllm.allocation import KvAllocation, check_views
 from vattn.integrations.vllm.channel import Json, WorkerLink
 from vattn.integrations.vllm.geometry import Geometry, permanent_pages, runs_of
 from vattn.integrations.vllm.ledger import REFUSAL
-from vattn.integrations.vllm.settings import Settings
+from vattn.integrations.vllm.settings import Settings, start_id
 from vattn.integrations.vllm.specs import plan_of
 from vattn.units import format_bytes
 
@@ -45,6 +45,7 @@ class WorkerMemory:
         self._row_frames = plan.row_frames
         self._size = kv_cache_config.kv_cache_tensors[0].size
         self._device_type = config.device_config.device_type
+        self._engine_id = start_id(config)
         device = "cpu"
         if self._device_type == "cuda":
             device = f"cuda:{torch.cuda.current_device()}"
@@ -79,7 +80,7 @@ class WorkerMemory:
             self.pages.alias(first, count)
         facts = {"mapped_pages": self.pages.mapped_pages, "n_pages": self.pages.n_pages}
         threading.Thread(target=self._populate, name="vattn-populate", daemon=True).start()
-        self._link = WorkerLink(name, rank, self.answer, facts=facts)
+        self._link = WorkerLink(name, rank, self.answer, engine_id=self._engine_id, facts=facts)
 
     def answer(self, request: Json) -> Json:
         """Do what the scheduler asks; on the thread of the link."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import ExitStack
 
 from vattn.integrations.vllm import sockets, wire
-from vattn.integrations.vllm.wire import Answer, Json, Line, RemoteError
+from vattn.integrations.vllm.wire import AnotherEngine, Answer, Json, Line, RemoteError
 
 _LOG = logging.getLogger(__name__)
 _CLOSE_S = 5.0  # close() waits so long for an answer that is being made
 _RETRY_S = 0.02
+_RETRY_REFUSED_S = 0.25  # the other engine has work with each attempt
+_ANSWER_S = 1.0  # the last attempt, too, waits so long for an answer
 _LAST_LOOK_S = 2.0  # a process that is being killed may close its connections before its socket
 
 
 class WorkerLink:
-    """A worker's end: connects as soon as the scheduler is there, and answers its calls.
+    """A worker's end: connects as soon as its scheduler is there, and answers its calls.
+
+    While another engine has the name, perhaps one that is about to end, it waits for that as well.
 
     All of that happens on a thread of this object, also what ``answer`` does. When the scheduler
     goes, the thread ends, and removes the socket if the scheduler was killed and could not.
@@ -29,6 +34,8 @@ class WorkerLink:
         Of the worker, from 0.
     answer : callable
         Answers a call. What it raises becomes the answer, see ``Server.call``.
+    engine_id : str
+        Of this start of the engine: see ``Server``.
     facts : dict, optional
         What else the scheduler should know about this worker, in JSON.
     connect_timeout_s : float
@@ -49,13 +56,16 @@ class WorkerLink:
         rank: int,
         answer: Answer,
         *,
+        engine_id: str,
         facts: Json | None = None,
         connect_timeout_s: float = 600.0,
     ) -> None:
         if type(rank) is not int or rank < 0:
             raise ValueError(f"rank is {rank!r}, expected an int from 0")
         self.path = sockets.socket_path(name)
-        self._hello = wire.encode({"hello": "worker", "rank": rank, "facts": facts or {}})
+        self._hello = wire.encode(
+            {"hello": "worker", "engine_id": engine_id, "rank": rank, "facts": facts or {}}
+        )
         self._rank = rank
         self._answer = answer
         self._timeout_s = connect_timeout_s
@@ -78,44 +88,60 @@ class WorkerLink:
 
     def _run(self) -> None:
         try:
-            line = self._connect()
+            line = self._join()
             if line is None:
                 return
             with line:
-                self._serve(line)
+                while (request := line.receive()) is not None:
+                    line.send(wire.respond(self._answer, request))
         except (OSError, ValueError, RemoteError) as error:
             if not self._closing.is_set():
                 _LOG.error("worker %d has no scheduler: %s", self._rank, error)
         if not self._closing.is_set():
             self._clean_up()
 
-    def _connect(self) -> Line | None:
-        """Connect, and wait as long as needed; None if closed meanwhile."""
+    def _join(self) -> Line | None:
+        """Connect to the scheduler, and wait as long as needed; None if closed meanwhile."""
         deadline = time.monotonic() + self._timeout_s
-        while not self._closing.wait(_RETRY_S):
+        pause_s = _RETRY_S
+        while not self._closing.wait(pause_s):
             try:
-                line = Line(sockets.connect(self.path, deadline))
-            except (FileNotFoundError, ConnectionRefusedError):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"nobody listens at {self.path} after {self._timeout_s:g} s; see the "
-                        "scheduler's log, and check that its XDG_RUNTIME_DIR is the same"
-                    ) from None
-                continue
+                return self._say_hello(deadline)
+            except (FileNotFoundError, ConnectionError):  # not there, or about to end
+                pause_s = _RETRY_S
+                reason = (
+                    f"nobody listens at {self.path}; see the scheduler's log, and check that its "
+                    "XDG_RUNTIME_DIR is the same"
+                )
+            except TimeoutError:
+                raise TimeoutError(
+                    f"{self.path} does not answer; look whether the engine there hangs"
+                ) from None
+            except RemoteError as error:
+                if error.kind != AnotherEngine.__name__:
+                    raise
+                if pause_s != _RETRY_REFUSED_S:
+                    _LOG.warning("worker %d waits, as %s", self._rank, error)
+                pause_s = _RETRY_REFUSED_S
+                reason = str(error)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{reason} (tried for {self._timeout_s:g} s)")
+        return None
+
+    def _say_hello(self, deadline: float) -> Line:
+        deadline = max(deadline, time.monotonic() + _ANSWER_S)
+        with ExitStack() as on_error:
+            line = on_error.enter_context(Line(sockets.connect(self.path, deadline)))
             with self._lock:
                 self._line = line
                 if self._closing.is_set():
                     line.shutdown()
-            return line
-        return None
-
-    def _serve(self, line: Line) -> None:
-        line.send(self._hello)
-        welcome = line.expect()
-        if "error" in welcome:
-            raise RemoteError(welcome["error"], welcome.get("kind", ""))
-        while (request := line.receive()) is not None:
-            line.send(wire.respond(self._answer, request))
+            line.send(self._hello, deadline)
+            welcome = line.expect(deadline)
+            if "error" in welcome:
+                raise RemoteError(welcome["error"], welcome.get("kind", ""))
+            on_error.pop_all()
+        return line
 
     def _clean_up(self) -> None:
         end = time.monotonic() + _LAST_LOOK_S
