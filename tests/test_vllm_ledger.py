@@ -172,6 +172,13 @@ def test_a_worker_that_cannot_give_back_is_an_error(operation: str) -> None:
     workers.said["map", 1] = {"error": "none left", "kind": "OutOfPagesError"}
     with pytest.raises(OutOfStepError, match="could not give KV memory back: no"):
         ledger.unback([0]) if operation == "unmap" else ledger.back([1])
+    # Nobody knows what is mapped now, so nothing is handed out on it any more.
+    workers.said.clear()
+    workers.calls.clear()
+    for act in (lambda: ledger.back([1]), lambda: ledger.unback([0]), ledger.check_in_step):
+        with pytest.raises(OutOfStepError, match="could not give KV memory back: no"):
+            act()
+    assert workers.calls == []
 
 
 def test_a_lower_budget_is_exceeded_until_memory_is_given_back() -> None:

@@ -120,6 +120,7 @@ class PageRange:
         ------
         OutOfPagesError
             There is not so much memory: ``e.needed`` pages were asked for, ``e.free`` are there.
+            On the CPU a 64th of the machine's memory is left alone.
         ValueError
             A page that is mapped already, is outside, or is named twice.
         DriverError
@@ -141,7 +142,8 @@ class PageRange:
         Parameters
         ----------
         runs : sequence of (int, int)
-            First page and count of each run. What has no memory any more is left alone.
+            First page and count of each run. A run that has a page without memory meanwhile is
+            faulted in up to there.
 
         Raises
         ------

@@ -128,6 +128,13 @@ class Workers:
         return answers
 
 
+def new_request(name: str, tokens: list[int]) -> Request:
+    """A request that may find and leave cached blocks."""
+    hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+    sampling = SamplingParams(max_tokens=MAX_TOKENS)
+    return Request(name, tokens, sampling, None, block_hasher=hasher)
+
+
 class Walk:
     """One engine, and the requests that are running."""
 
@@ -173,13 +180,7 @@ class Walk:
         tokens = [self.rng.randrange(3)] * self.rng.randrange(1, 33)
         tokens += [self.rng.randrange(3) for _ in range(self.rng.randrange(1, 17))]
         self.came += 1
-        request = Request(
-            f"r{self.came}",
-            tokens,
-            SamplingParams(max_tokens=MAX_TOKENS),
-            None,
-            block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
-        )
+        request = new_request(f"r{self.came}", tokens)
         self.pool.settle()
         blocks, n_cached, _ = self.manager.get_computed_blocks(request)
         for group in blocks.blocks:

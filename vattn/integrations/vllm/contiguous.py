@@ -13,7 +13,7 @@ import numpy as np
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from vattn.integrations.vllm.ledger import PageLedger
+from vattn.integrations.vllm.ledger import PageLedger, bound
 
 
 class ContiguousManager(FullAttentionManager):
@@ -44,6 +44,13 @@ class ContiguousManager(FullAttentionManager):
     def bind(self, ledger: PageLedger) -> None:
         """Start serving with the memory of this ledger."""
         self.ledger = ledger
+
+    def new_step_starts(self) -> None:
+        """Keep other threads from taking memory until the step has been scheduled."""
+        super().new_step_starts()
+        ledger = self._ledger()
+        with ledger.lock:
+            ledger.stepping = True
 
     @classmethod
     def find_longest_cache_hit(
@@ -95,6 +102,11 @@ class ContiguousManager(FullAttentionManager):
         if row is None:
             assert self._chosen is not None and self._chosen[0] == request_id
             row, self._chosen = self._chosen[1], None
+        if len(blocks) + n_new > self.blocks_per_row:
+            raise RuntimeError(
+                f"request {request_id} needs {len(blocks) + n_new} blocks, but a row has "
+                f"{self.blocks_per_row}; this is a bug of vattn"
+            )
         first = row * self.blocks_per_row + len(blocks)
         new = self.block_pool.blocks[first : first + n_new]
         self.block_pool.touch(new)
@@ -123,16 +135,27 @@ class ContiguousManager(FullAttentionManager):
     # Inside.
 
     def _ledger(self) -> PageLedger:
-        assert self.ledger is not None, "bind() comes first"
-        return self.ledger
+        return bound(self.ledger)
 
     def _row_of(self, request_id: str) -> int | None:
         blocks = self.req_to_blocks.get(request_id)
         return blocks[0].block_id // self.blocks_per_row if blocks else None
 
+    def _is_parked(self, row: int) -> bool:
+        return self.block_pool.blocks[row * self.blocks_per_row].ref_cnt == 0
+
     def _parked(self) -> list[int]:
-        blocks = self.block_pool.blocks
-        return [r for r in range(1, self.n_rows) if blocks[r * self.blocks_per_row].ref_cnt == 0]
+        return [row for row in range(1, self.n_rows) if self._is_parked(row)]
+
+    def _spare_frames(self, row: int) -> range:
+        """Frames of a row that have memory and no block in use: all of a parked row's."""
+        geometry, blocks = self._ledger().geometry, self.block_pool.blocks
+        backed = self._frames_of(row)[: self._n_backed(row)]
+        first = 0 if self._is_parked(row) else len(backed)
+        # From the end: the blocks of a request are the first ones of its row.
+        while first and not any(blocks[b].ref_cnt for b in geometry.blocks_of(backed[first - 1])):
+            first -= 1
+        return backed[first:]
 
     def _frames_of(self, row: int) -> range:
         frame_blocks = self._ledger().geometry.frame_blocks
@@ -167,8 +190,8 @@ class ContiguousManager(FullAttentionManager):
     def _backable(self, row: int) -> int:
         """Blocks that could be handed out by and by: what stock vLLM calls free."""
         ledger = self._ledger()
-        parked = [r for r in self._parked() if r != row]
-        frames = self._n_backed(row) + sum(self._n_backed(r) for r in parked)
+        others = [r for r in range(1, self.n_rows) if r != row]
+        frames = self._n_backed(row) + sum(len(self._spare_frames(r)) for r in others)
         frames += ledger.room // ledger.frame_pages
         used = sum(self.block_pool.blocks[b].ref_cnt > 0 for b in self._blocks_of(row))
         return frames * ledger.geometry.frame_blocks - used
@@ -183,17 +206,19 @@ class ContiguousManager(FullAttentionManager):
         return ledger.back(missing)
 
     def _reclaim(self, n_pages: int, keep: int | None) -> None:
-        """Take pages from parked rows, the longest parked first, each from its end."""
+        """Take pages that no request uses, each row from its end.
+
+        From parked rows first, the longest parked one before the others; then what running requests
+        have taken over from longer ones.
+        """
         ledger = self._ledger()
         if n_pages <= 0:
             return
-        rows = sorted(self._parked(), key=lambda row: int(self._used_at[row]))
-        frames = (
-            frame
-            for row in rows
-            if row != keep
-            for frame in reversed(self._frames_of(row)[: self._n_backed(row)])
+        rows = sorted(
+            (row for row in range(1, self.n_rows) if row != keep),
+            key=lambda row: (not self._is_parked(row), int(self._used_at[row])),
         )
+        frames = (frame for row in rows for frame in reversed(self._spare_frames(row)))
         victims = ledger.enough_of(frames, n_pages)
         if victims:
             ledger.unback(victims)

@@ -20,7 +20,10 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SlidingWindowManager,
 )
 
-from vattn.integrations.vllm.ledger import PageLedger
+from vattn.integrations.vllm.ledger import PageLedger, bound
+
+# No attention kernel loads more keys at a time.
+TILE_TOKENS = 256
 
 
 class ElasticPool:
@@ -31,20 +34,22 @@ class ElasticPool:
     Notes
     -----
     Every method but ``shrink_to`` is for the scheduler's thread. ``shrink_to`` may be called by
-    another one while the engine has no request; what it leaves to do with vLLM's own data is done
-    by :meth:`settle` when the scheduler's thread comes back.
+    another one between two steps; what it leaves to do with vLLM's own data is done by
+    :meth:`settle` when the next step begins.
     """
 
-    # Memory that one call to the workers maps at least, if frames are smaller: the call itself
-    # takes about as long as mapping a megabyte of the host's memory.
-    ahead_bytes = 4 * 2**20
+    # Memory that is mapped ahead of the blocks that will be in it, once new memory is what blocks
+    # get. The workers have half of it to fault in while the other half is handed out.
+    ahead_bytes = 16 * 2**20
 
-    _of: ClassVar[weakref.WeakKeyDictionary[BlockPool, ElasticPool]] = weakref.WeakKeyDictionary()
+    # By the id of the pool, which lives as long as the one over it does.
+    _of: ClassVar[weakref.WeakValueDictionary[int, ElasticPool]] = weakref.WeakValueDictionary()
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.ledger: PageLedger | None = None
-        self._fresh: list[KVCacheBlock] = []
+        # Blocks that have got memory and were not handed out since, in the order to do that in.
+        self._fresh: dict[int, KVCacheBlock] = {}
         self._draining: set[int] = set()
         self._permanent: set[int] = set()
         self._dropped: list[int] = []
@@ -59,9 +64,10 @@ class ElasticPool:
         """Return the one over a pool: all groups of layers share it, as they share the pool."""
         if isinstance(pool, ElasticPool):
             return pool
-        if pool not in cls._of:
-            cls._of[pool] = cls(pool)
-        return cls._of[pool]
+        made = cls._of.get(id(pool))
+        if made is None:
+            made = cls._of[id(pool)] = cls(pool)
+        return made
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pool, name)
@@ -74,6 +80,13 @@ class ElasticPool:
             # The null block's memory, which stays, is all that its frame needs.
             self._back([0])
             self._permanent = {0}
+
+    def step_begins(self) -> None:
+        """Keep other threads from taking memory until the step has been scheduled."""
+        ledger = self._ledger()
+        with ledger.lock:
+            ledger.stepping = True
+            self.settle()
 
     # Admission.
 
@@ -117,6 +130,7 @@ class ElasticPool:
         """
         ledger = self._ledger()
         taken: list[KVCacheBlock] = []
+        grows = False
         with ledger.lock:
             self.settle()
             while len(taken) < num_blocks:
@@ -131,7 +145,10 @@ class ElasticPool:
                     self.pool.evict_blocks({block.block_id})
                 self.pool.touch([block])
                 taken.append(block)
+                grows = self._fresh.pop(block.block_id, None) is not None or grows
             self.note_use(taken)
+            if grows and len(self._fresh) < self._ahead_blocks / 2:
+                self._map_new_frames(0)
         return taken
 
     def note_use(self, blocks: Iterable[KVCacheBlock]) -> None:
@@ -147,9 +164,8 @@ class ElasticPool:
             self.settle()
             done = self.pool.reset_prefix_cache()
             if done:
-                self._add_fresh(
-                    frame for frame in range(ledger.geometry.n_frames) if ledger.backed(frame)
-                )
+                self._fresh.clear()
+                self._add_fresh(ledger.backed_frames())
             return done
 
     # Giving memory back.
@@ -199,8 +215,7 @@ class ElasticPool:
                 self._to_tail(self._last_unbacked)
 
     def _ledger(self) -> PageLedger:
-        assert self.ledger is not None, "bind() comes first"
-        return self.ledger
+        return bound(self.ledger)
 
     def _held_frames(self) -> list[int]:
         return [f for f in self._ledger().backed_frames() if f not in self._permanent]
@@ -244,15 +259,19 @@ class ElasticPool:
         return True
 
     def _add_fresh(self, frames: Iterable[int]) -> None:
-        ids = [i for frame in frames for i in self._ledger().geometry.blocks_of(frame)]
-        # Taken from the end: the lowest block first.
-        self._fresh = [self.pool.blocks[i] for i in reversed(ids)] + self._fresh
+        for frame in frames:
+            for block_id in self._ledger().geometry.blocks_of(frame):
+                if not self.pool.blocks[block_id].is_null:
+                    self._fresh[block_id] = self.pool.blocks[block_id]
 
     def _drop(self, frames: Sequence[int]) -> None:
         if frames:
             self._ledger().unback(frames)
             self._draining.difference_update(frames)
             self._dropped += frames
+            for frame in frames:
+                for block_id in self._ledger().geometry.blocks_of(frame):
+                    self._fresh.pop(block_id, None)
 
     def _usable(self, block: KVCacheBlock) -> bool:
         frame = self._ledger().geometry.frame_of(block.block_id)
@@ -268,24 +287,27 @@ class ElasticPool:
             if not self._ledger().backed(self._ledger().geometry.frame_of(block.block_id)):
                 break  # blocks never used begin here
             self._to_tail(block)
-        while self._fresh:
-            block = self._fresh.pop()
-            free = block.ref_cnt == 0 and block.block_hash is None and not block.is_null
-            if free and self._usable(block):
+        for block in self._fresh.values():
+            if block.ref_cnt == 0 and self._usable(block):
                 return block
         return None
 
-    def _from_new_frames(self, n_blocks: int) -> KVCacheBlock | None:
-        # In one call to the workers, and a few more than are wanted; but no more than there is room
-        # for.
+    @property
+    def _ahead_blocks(self) -> int:
         ledger = self._ledger()
-        wanted = -(-n_blocks // ledger.geometry.frame_blocks)
-        ahead = self.ahead_bytes // (ledger.frame_pages * ledger.page_bytes)
-        most = min(max(wanted, ahead), ledger.room // ledger.frame_pages)
+        frames = self.ahead_bytes // (ledger.frame_pages * ledger.page_bytes)
+        return frames * ledger.geometry.frame_blocks
+
+    def _map_new_frames(self, n_blocks: int) -> bool:
+        # In one call to the workers, and more than are wanted; but no more than there is room for.
+        ledger = self._ledger()
+        wanted = -(-max(n_blocks, self._ahead_blocks) // ledger.geometry.frame_blocks)
+        most = min(wanted, ledger.room // ledger.frame_pages)
         frames = list(islice(ledger.unbacked_frames(), most))
-        if not frames or not self._back(frames):
-            return None
-        return self._uncached()
+        return bool(frames) and self._back(frames)
+
+    def _from_new_frames(self, n_blocks: int) -> KVCacheBlock | None:
+        return self._uncached() if self._map_new_frames(n_blocks) else None
 
     def _least_recently_used(self) -> KVCacheBlock | None:
         block = self.pool.free_block_queue.fake_free_list_head.next_free_block
@@ -313,6 +335,12 @@ class _ElasticManager(SingleTypeKVCacheManager):
     def pool_of_vattn(self) -> ElasticPool:
         """Return what gives blocks to requests: one pool for all groups."""
         return self.elastic
+
+    def new_step_starts(self) -> None:
+        """Tell the pool as well."""
+        super().new_step_starts()
+        if self.kv_cache_group_id == 0:
+            self.elastic.step_begins()
 
     def get_num_blocks_to_allocate(
         self, *arguments: Any, apply_admission_cap: bool = False, **options: Any
@@ -351,3 +379,9 @@ class ElasticFullManager(_ElasticManager, FullAttentionManager):
 
 class ElasticSlidingManager(_ElasticManager, SlidingWindowManager):
     """vLLM's manager for sliding windows, over memory that comes and goes."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Kernels load whole tiles and mask what lies below the window, through block tables that
+        # still name blocks given back since: there must be memory.
+        self.extra_retained_tokens += TILE_TOKENS

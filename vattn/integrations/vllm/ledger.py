@@ -28,6 +28,12 @@ class OutOfStepError(RuntimeError):
     """Scheduler and workers disagree about what is mapped, which is a bug of vattn."""
 
 
+ONE_PROCESS = (
+    "vLLM remembers attention backends for the life of a process, and this process had an engine "
+    "that was set up otherwise; start each engine in a process of its own, as vLLM does by default"
+)
+
+
 @dataclass
 class Counters:
     """Events since the start."""
@@ -36,6 +42,19 @@ class Counters:
     unmapped_pages: int = 0
     refusals: int = 0
     budget_waits: int = 0
+
+
+def bound(ledger: PageLedger | None) -> PageLedger:
+    """Return the ledger of a pool that was bound to one.
+
+    Raises
+    ------
+    RuntimeError
+        It was not: the engine has our specs, but not our connector.
+    """
+    if ledger is None:
+        raise RuntimeError(f"no memory of vattn is bound to these blocks: {ONE_PROCESS}")
+    return ledger
 
 
 class PageLedger:
@@ -55,7 +74,7 @@ class PageLedger:
     Notes
     -----
     ``lock`` guards it: the scheduler's thread holds it while it backs frames, the control thread
-    while it takes some from an idle engine.
+    while it takes some between two steps, that is while ``stepping`` is False.
     """
 
     def __init__(
@@ -72,6 +91,7 @@ class PageLedger:
         self.floor_pages = floor_pages
         self.counters = Counters()
         self.lock = threading.RLock()
+        self.stepping = False
         self.frame_pages = geometry.max_frame_pages
         self.mapped_pages = 0
         self.budget_pages = min(budget_pages, geometry.n_pages)
@@ -81,6 +101,7 @@ class PageLedger:
         self._n_backed = 0
         self._lowest_unbacked = 0  # no frame below it is without memory
         self._refused_until = 0.0
+        self._broken: str | None = None
 
     def set_budget(self, pages: int) -> None:
         """Set the budget. What is mapped beyond it is for the caller to give back.
@@ -192,6 +213,7 @@ class PageLedger:
             False: the budget has no room, or a worker has no memory. Nothing changed.
         """
         with self.lock:
+            self.check_in_step()
             pages = self._missing(frames)
             if len(pages) > self.room:
                 self.counters.budget_waits += 1
@@ -212,6 +234,7 @@ class PageLedger:
         in flight uses the block. The workers wait for what is on their stream.
         """
         with self.lock:
+            self.check_in_step()
             pages = self._no_longer_used(frames)
             if len(pages):
                 self._checked(self._call({"op": "unmap", "runs": runs_of(pages)}))
@@ -220,6 +243,17 @@ class PageLedger:
             self._refused_until = 0.0
             self.counters.unmapped_pages += len(pages)
             return len(pages)
+
+    def check_in_step(self) -> None:
+        """Check that no worker has failed to give memory back, on whichever thread that was.
+
+        Raises
+        ------
+        OutOfStepError
+            One has. Blocks that are thought to have memory may have none, so the engine must end.
+        """
+        if self._broken is not None:
+            raise OutOfStepError(self._broken)
 
     def _missing(self, frames: Iterable[int]) -> NDArray[np.int64]:
         pages = self._pages(frames)
@@ -263,8 +297,8 @@ class PageLedger:
             raise RuntimeError(f"a worker could not map KV memory: {failed['error']}")
         return False
 
-    @staticmethod
-    def _checked(answers: list[dict[str, object]]) -> None:
+    def _checked(self, answers: list[dict[str, object]]) -> None:
         for answer in answers:
             if "error" in answer:
-                raise OutOfStepError(f"a worker could not give KV memory back: {answer['error']}")
+                self._broken = f"a worker could not give KV memory back: {answer['error']}"
+        self.check_in_step()

@@ -13,13 +13,13 @@ def register() -> None:
     """Tell vLLM about the connector and the attention backend. May be called again."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    from vattn.integrations.vllm.support import BELOW, OLDEST, vllm_version
+    from vattn.integrations.vllm.support import is_supported, vllm_version
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(
             CONNECTOR, "vattn.integrations.vllm.connector", CONNECTOR
         )
-    if not OLDEST <= vllm_version() < BELOW:
+    if not is_supported(vllm_version()):
         return  # who asks for the connector is told why not
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

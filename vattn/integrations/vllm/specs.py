@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
     replace_as,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -20,6 +21,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vattn.integrations.vllm.contiguous import ContiguousManager
 from vattn.integrations.vllm.elastic import ElasticFullManager, ElasticSlidingManager
 from vattn.integrations.vllm.geometry import Geometry, blocks_per_frame
+from vattn.integrations.vllm.ledger import ONE_PROCESS
 from vattn.integrations.vllm.settings import Settings
 
 
@@ -103,17 +105,13 @@ def plan_of(config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settin
     Raises
     ------
     ValueError
-        A layer has another spec: our attention backend was not asked.
+        A layer has another spec: our attention backend was not asked. Or no request could run.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     if not specs:
         raise ValueError("the model has no KV cache; leave --kv-transfer-config out")
     for spec in specs:
-        if not isinstance(spec, ElasticFullSpec | ElasticSlidingSpec | ContiguousSpec):
-            raise ValueError(
-                f"the layers have a {type(spec).__name__}, so vattn's attention backend is not in "
-                "use; add --attention-backend CUSTOM, or leave --kv-transfer-config out"
-            )
+        _check_ours(spec, config, settings)
     device_type = config.device_config.device_type
     block_bytes = max(tensor.block_stride for tensor in kv_cache_config.kv_cache_tensors)
     page_bytes = settings.page_bytes_for(device_type, block_bytes)
@@ -121,8 +119,35 @@ def plan_of(config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settin
     geometry = Geometry.of(kv_cache_config, page_bytes, frame)
     if settings.mode == "elastic":
         return Plan(geometry, None)
+    per_row = specs[0].blocks_per_row
+    if geometry.num_blocks < 2 * per_row:
+        raise ValueError(
+            f"there are {geometry.num_blocks} blocks, but a row has {per_row} and row 0 is vLLM's "
+            f"own, so no request could run; set --num-gpu-blocks-override to (n + 1) * {per_row} "
+            "for n requests at a time, or lower --max-model-len"
+        )
     # On the CPU nothing runs over rows that no request has.
-    return Plan(geometry, specs[0].blocks_per_row // frame if device_type == "cuda" else None)
+    return Plan(geometry, per_row // frame if device_type == "cuda" else None)
+
+
+def _check_ours(spec: KVCacheSpec, config: VllmConfig, settings: Settings) -> None:
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        raise ValueError(
+            "vattn cannot serve layers whose keys and values differ in size, such as those of a "
+            "draft model beside its target; leave --kv-transfer-config out"
+        )
+    if not isinstance(spec, ElasticFullSpec | ElasticSlidingSpec | ContiguousSpec):
+        raise ValueError(
+            f"the layers have a {type(spec).__name__}, so vattn's attention backend is not in "
+            "use; add --attention-backend CUSTOM, or leave --kv-transfer-config out"
+        )
+    rows = spec.blocks_per_row if isinstance(spec, ContiguousSpec) else None
+    wanted = blocks_per_row(spec, config, settings) if settings.mode == "contiguous" else None
+    if rows != wanted:
+        raise ValueError(
+            f"the layers have a {type(spec).__name__} with {rows} blocks in a row, and this engine "
+            f"in {settings.mode} mode wants {wanted}: {ONE_PROCESS}"
+        )
 
 
 def blocks_per_row(spec: KVCacheSpec, config: VllmConfig, settings: Settings) -> int:

