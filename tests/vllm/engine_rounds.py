@@ -20,6 +20,7 @@ from typing import Any
 STARTED = "engine started"
 ENGINE_TIMEOUT_S = 400.0
 IDLE_TIMEOUT_S = 20.0
+GATE_TIMEOUT_S = 200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +29,22 @@ class Round:
 
     prompts: list[list[int]]
     max_tokens: list[int]
+    n: int = 1  # answers to each prompt, all the same one
     budget: int | None = None  # set before, bytes
-    cut_at: int | None = None  # after so many steps the budget becomes cut_to bytes
-    cut_to: int = 0
+    change_at: int | None = None  # after so many steps the budget becomes change_to bytes
+    change_to: int = 0
     abort_at: int | None = None  # after so many steps every second request is aborted
+    wait_for: str = ""  # name of a file in the engine's folder; before the round, until it is there
     forget: bool = False  # the prefix cache before the round
     wait_idle: bool = False  # after the round, until the engine has shrunk
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a round did. Memory is None where vattn is not in use."""
+    """What a round did: the tokens of each prompt's answers, one answer after the other.
+
+    Memory is None where vattn is not in use.
+    """
 
     tokens: list[list[int]]
     preemptions: int
@@ -47,6 +53,7 @@ class Report:
     mapped_pages: int | None = None
     unmapped_pages: int | None = None
     peak_bytes: int | None = None
+    peak_before_change: int | None = None  # of the budget, bytes
     end_bytes: int | None = None
     floor_bytes: int | None = None
     idle_bytes: int | None = None
@@ -92,6 +99,7 @@ def serve(
     options: dict[str, Any] | None,
     *,
     folder: Path,
+    runtime: Path | None = None,
     sabotage: str = "",
     transfer: dict[str, Any] | None = None,
     **engine: Any,
@@ -103,7 +111,9 @@ def serve(
     options : dict, optional
         vattn's, as ``kv_connector_extra_config``; None: stock vLLM.
     folder : Path
-        An empty one, for sockets and files.
+        An empty one, for files, and for the sockets.
+    runtime : Path, optional
+        Where the sockets are instead, so that several engines have them in one place.
     sabotage : str
         Statements that the process executes before it makes the engine.
     transfer : dict, optional
@@ -123,7 +133,7 @@ def serve(
     (folder / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
         [sys.executable, __file__, str(folder)],
-        env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", XDG_RUNTIME_DIR=str(folder)),
+        env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", XDG_RUNTIME_DIR=str(runtime or folder)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -165,42 +175,51 @@ class Engine:
 
     def play(self, plan: Round) -> Report:
         """Serve one round."""
-        from vattn.integrations.vllm import set_budget
-
         if plan.forget:
             assert self.llm.reset_prefix_cache()
         if plan.budget is not None:
-            set_budget(plan.budget)
+            self._set_budget(plan.budget)
         before = self._totals()
-        found: dict[str, list[int]] = {}
+        found: dict[tuple[str, int], list[int]] = {}
         self._submit(plan)
-        steps = peak = 0
+        steps = peak = peak_before = 0
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
-                found[output.request_id] = list(output.outputs[0].token_ids)
+                for answer in output.outputs:
+                    found[output.request_id, answer.index] = list(answer.token_ids)
             steps += 1
             peak = max(peak, self._mapped_bytes())
             if steps == plan.abort_at:
                 aborted = [str(i) for i in range(0, len(plan.prompts), 2)]
                 self.llm.llm_engine.abort_request(aborted)
-            if steps == plan.cut_at:
+            if steps == plan.change_at:
+                peak_before = peak
                 # As another program does it, while a step may be under way.
-                other = threading.Thread(target=set_budget, args=(plan.cut_to,))
+                other = threading.Thread(target=self._set_budget, args=(plan.change_to,))
                 other.start()
                 other.join()
         after = self._totals()
         change = {key: after[key] - before[key] for key in after}
-        memory = {} if self.memory is None else self._describe(peak, wait_idle=plan.wait_idle)
-        return Report(
-            tokens=[found.get(str(i), []) for i in range(len(plan.prompts))], **change, **memory
-        )
+        memory: dict[str, Any] = {}
+        if self.memory is not None:
+            memory = self._describe(wait_idle=plan.wait_idle)
+            memory |= {"peak_bytes": peak, "peak_before_change": peak_before}
+        answers = [(str(i), answer) for i in range(len(plan.prompts)) for answer in range(plan.n)]
+        return Report(tokens=[found.get(key, []) for key in answers], **change, **memory)
+
+    def _set_budget(self, size: int) -> None:
+        from vattn.integrations.vllm import set_budget
+
+        set_budget(size, name=self.memory.name)
 
     def _submit(self, plan: Round) -> None:
         from vllm import SamplingParams
 
         for i, (prompt, most) in enumerate(zip(plan.prompts, plan.max_tokens, strict=True)):
+            # vLLM refuses several greedy answers; the best of one token is the same.
+            chosen = {"temperature": 0} if plan.n == 1 else {"temperature": 1, "top_k": 1}
             sampling = SamplingParams(
-                temperature=0, max_tokens=most, ignore_eos=True, detokenize=False
+                **chosen, n=plan.n, max_tokens=most, ignore_eos=True, detokenize=False
             )
             self.llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
 
@@ -221,19 +240,18 @@ class Engine:
     def _mapped_bytes(self) -> int:
         return 0 if self.memory is None else self.memory.status()["mapped_bytes"]
 
-    def _describe(self, peak: int, *, wait_idle: bool) -> dict[str, Any]:
+    def _describe(self, *, wait_idle: bool) -> dict[str, Any]:
         from vattn.integrations.vllm import status
 
-        end = status()
+        end = status(self.memory.name)
         if wait_idle:
             give_up = time.monotonic() + IDLE_TIMEOUT_S
-            while status().mapped_bytes > status().floor_bytes and time.monotonic() < give_up:
+            while self._mapped_bytes() > end.floor_bytes and time.monotonic() < give_up:
                 time.sleep(0.05)
         return {
-            "peak_bytes": peak,
             "end_bytes": end.mapped_bytes,
             "floor_bytes": end.floor_bytes,
-            "idle_bytes": status().mapped_bytes if wait_idle else None,
+            "idle_bytes": self._mapped_bytes() if wait_idle else None,
             "disagreements": self._disagreements(),
         }
 
@@ -262,8 +280,16 @@ def main(folder: Path) -> None:
     engine = Engine(job["model"], job["engine"])
     print(STARTED, flush=True)
     with open(folder / "reports.jsonl", "w") as reports:
-        for plan in job["rounds"]:
-            print(json.dumps(asdict(engine.play(Round(**plan)))), file=reports, flush=True)
+        for plan in [Round(**described) for described in job["rounds"]]:
+            _wait_for(folder / plan.wait_for)
+            print(json.dumps(asdict(engine.play(plan))), file=reports, flush=True)
+
+
+def _wait_for(path: Path) -> None:
+    give_up = time.monotonic() + GATE_TIMEOUT_S
+    while not path.exists():
+        assert time.monotonic() < give_up, f"{path} did not come"
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":
