@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vattn.integrations.vllm.channel import ChannelClosed, Json, Server
 from vattn.integrations.vllm.geometry import permanent_pages
-from vattn.integrations.vllm.ledger import PageLedger
+from vattn.integrations.vllm.ledger import OutOfStepError, PageLedger
 from vattn.integrations.vllm.settings import Settings, start_id
 from vattn.integrations.vllm.specs import Plan, plan_of
 from vattn.units import format_bytes
@@ -50,9 +50,9 @@ class EngineMemory:
 
     Notes
     -----
-    vLLM's scheduler runs on one thread, which takes the ledger's lock when a request comes; the
-    control thread acts only while there is none. So a request that comes while the engine shrinks
-    waits for the end of it, and vLLM's own data are touched by its own thread alone.
+    vLLM's scheduler runs on one thread, which takes the ledger's lock when a step begins and when a
+    request comes; the control thread acts only between two steps. So a step that begins while the
+    engine shrinks waits for the end of it, and vLLM's own data are touched by its own thread alone.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class EngineMemory:
         TimeoutError
             The workers did not come.
         """
-        facts = self._server.wait_for_workers(WORKERS_TIMEOUT_S)
-        permanent = max(int(fact["mapped_pages"]) for fact in facts)
+        self._server.wait_for_workers(WORKERS_TIMEOUT_S)
+        permanent = self._begin_to_serve()
         geometry, row_frames = self._plan
         budget = geometry.n_pages
         if self.settings.budget_bytes is not None:
@@ -116,6 +116,14 @@ class EngineMemory:
             self.describe(),
         )
 
+    def _begin_to_serve(self) -> int:
+        """Let the workers take back what only warming up needed; pages that stay."""
+        answers = self._server.call({"op": "serve"})
+        for answer in answers:
+            if "error" in answer:
+                raise RuntimeError(f"a worker could not begin to serve: {answer['error']}")
+        return max(int(answer["mapped_pages"]) for answer in answers)
+
     def _minimum_pages(self, permanent: int) -> int:
         geometry = self._plan.geometry
         # The null block's frame has one block less for requests.
@@ -126,26 +134,36 @@ class EngineMemory:
     # On the scheduler's thread.
 
     def request_came(self, request_id: str) -> None:
-        """Note a request; waits while the control thread takes memory from the idle engine."""
+        """Note a request; waits while the control thread takes memory from the idle engine.
+
+        Raises
+        ------
+        OutOfStepError
+            The control thread has found that nobody knows what is mapped. It ends the engine.
+        """
         assert self.ledger is not None and self._pool is not None
         with self.ledger.lock:
+            self.ledger.check_in_step()
             self._live.add(request_id)
             self._pool.settle()
 
     def request_ended(self, request_id: str) -> None:
         """Note the end of a request."""
+        if self._live == {request_id}:
+            self._idle_since = time.monotonic()
         self._live.discard(request_id)
         if not self._live:
-            self._idle_since = time.monotonic()
             with self._wake:
                 self._wake.notify_all()
 
     def before_step(self) -> None:
-        """Follow a budget that was lowered, or raised again."""
+        """Follow a budget that was lowered, or raised again; a step has been scheduled."""
         assert self.ledger is not None and self._pool is not None
-        if self.ledger.over or self._was_over:
-            self._pool.enforce_budget()
-        self._was_over = self.ledger.over > 0
+        with self.ledger.lock:
+            if self.ledger.over or self._was_over:
+                self._pool.enforce_budget()
+            self._was_over = self.ledger.over > 0
+            self.ledger.stepping = False
 
     # On other threads.
 
@@ -159,7 +177,7 @@ class EngineMemory:
             logger.info("vattn: the budget of %s is now %s", self.name, format_bytes(size))
             with self._wake:
                 self._wake.notify_all()
-            self._shrink_if_idle()
+            self._shrink()
         elif request.get("op") != "status":
             raise ValueError(f"operation {request.get('op')!r} is neither 'status' nor 'budget'")
         return {"status": self.status()}
@@ -204,9 +222,11 @@ class EngineMemory:
             with self._wake:
                 self._wake.wait(self._pause())
             try:
-                self._shrink_if_idle()
-            except ChannelClosed:
-                return  # a worker is gone: vLLM ends the engine
+                self._shrink()
+            except (ChannelClosed, OutOfStepError) as error:
+                # vLLM sees by itself that a worker is gone; the other ends the next request's step.
+                logger.error("vattn: the memory of %s cannot be followed: %s", self.name, error)
+                return
             except Exception:
                 # Nobody waits for this thread; the engine goes on with what is mapped.
                 logger.exception("vattn could not shrink the idle engine %s", self.name)
@@ -224,15 +244,15 @@ class EngineMemory:
         assert self.ledger is not None
         return min(self.ledger.floor_pages, self.ledger.budget_pages)
 
-    def _shrink_if_idle(self) -> None:
+    def _shrink(self) -> None:
         assert self.ledger is not None and self._pool is not None
         ledger = self.ledger
         with ledger.lock:
-            if self._live:
-                return
+            if ledger.stepping:
+                return  # the step's own thread follows the budget
             idle_for = time.monotonic() - self._idle_since
             target = ledger.budget_pages
-            if idle_for >= self.settings.idle_seconds:
+            if not self._live and idle_for >= self.settings.idle_seconds:
                 target = self._idle_pages()
             if ledger.mapped_pages > target:
                 self._pool.shrink_to(target)

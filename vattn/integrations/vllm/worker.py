@@ -6,6 +6,7 @@ import errno
 import queue
 import threading
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -46,11 +47,13 @@ class WorkerMemory:
         self._size = kv_cache_config.kv_cache_tensors[0].size
         self._device_type = config.device_config.device_type
         self._engine_id = start_id(config)
-        device = "cpu"
+        # vLLM's choice for this thread; the thread of the link has none.
+        self._device = "cpu"
         if self._device_type == "cuda":
-            device = f"cuda:{torch.cuda.current_device()}"
-        self.pages = PageRange(self._size, device=device, page_bytes=self.geometry.page_bytes)
+            self._device = f"cuda:{torch.cuda.current_device()}"
+        self.pages = PageRange(self._size, device=self._device, page_bytes=self.geometry.page_bytes)
         self._last_map: list[tuple[int, int]] = []
+        self._warm_up: list[tuple[int, int]] = []
         self._link: WorkerLink | None = None
         self._to_populate: queue.SimpleQueue[list[tuple[int, int]] | None] = queue.SimpleQueue()
         logger.info(
@@ -78,13 +81,23 @@ class WorkerMemory:
         self.pages.map(runs_of(own))
         for first, count in runs_of(shared):
             self.pages.alias(first, count)
+        if self._device_type == "cuda":
+            # vLLM warms kernels up on blocks that no request has. They are all one page until the
+            # scheduler begins.
+            everything = np.arange(self.pages.n_pages)
+            self._warm_up = runs_of(np.setdiff1d(everything, np.concatenate((own, shared))))
+            for first, count in self._warm_up:
+                self.pages.alias(first, count)
         facts = {"mapped_pages": self.pages.mapped_pages, "n_pages": self.pages.n_pages}
         threading.Thread(target=self._populate, name="vattn-populate", daemon=True).start()
         self._link = WorkerLink(name, rank, self.answer, engine_id=self._engine_id, facts=facts)
 
     def answer(self, request: Json) -> Json:
         """Do what the scheduler asks; on the thread of the link."""
-        runs = [(int(first), int(count)) for first, count in request.get("runs", [])]
+        if request["op"] == "serve":
+            runs, self._warm_up = self._warm_up, []
+            return self._unmap(runs)
+        runs = [(int(first), int(count)) for first, count in request["runs"]]
         if request["op"] == "map":
             return self._map(runs)
         if request["op"] == "undo":
@@ -127,7 +140,7 @@ class WorkerMemory:
         self._last_map = []
         if self._device_type == "cuda":
             # Whatever stream a step used the pages on.
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         if self.pages.unmap(runs) < sum(count for _, count in runs):
             raise DriverError("the driver refused to unmap KV memory", "unmap", 0)
         return self._state()
