@@ -33,9 +33,9 @@ class InstanceStatus:
         Physical memory that the KV cache has now. More than the budget only while requests that
         began before it was lowered are running.
     idle : bool
-        It has been without a request long enough to give memory back.
+        It has no request; after ``idle_seconds`` of that it gives memory back.
     running_requests : int
-        Requests that are being computed.
+        Requests that have not ended, waiting ones as well.
     """
 
     name: str
