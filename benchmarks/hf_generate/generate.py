@@ -36,6 +36,7 @@ from vattn.bench.common import (
     progress,
     time_calls,
 )
+from vattn.integrations.transformers.naming import CACHE_ARGUMENT
 
 SPEED_GOALS = {"float32": 2.5, "bfloat16": 5.0}  # times the tokens/s of the stock
 PEAK_GOAL = 0.6  # times the peak of the stock
@@ -202,7 +203,7 @@ def run_once(
     tokens = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=sizes.tokens,
         stopping_criteria=[clock],
         disable_compile=True,  # compiling a StaticCache takes longer than the run

@@ -11,6 +11,7 @@ import transformers
 from transformers import DynamicCache
 
 from vattn.integrations.transformers import VAttnCache
+from vattn.integrations.transformers.naming import CACHE_ARGUMENT
 
 VOCAB = 97
 SMALL: dict[str, Any] = {
@@ -165,6 +166,16 @@ def stock_cache(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
+def given(cache: Any) -> dict[str, Any]:
+    """The argument of models and of generate() that hands them a cache."""
+    return {CACHE_ARGUMENT: cache}
+
+
+def cache_in(arguments_or_output: Any) -> Any:
+    """The cache among what a layer of transformers was given, or in what a model returned."""
+    return arguments_or_output[CACHE_ARGUMENT]
+
+
 def left_padded(*lengths: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     longest = max(lengths)
@@ -184,12 +195,12 @@ def followed_by(inputs: dict[str, torch.Tensor], *turns: torch.Tensor) -> dict[s
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, **options: Any) -> Any:
     defaults = {"max_new_tokens": 40, "output_logits": True, "return_dict_in_generate": True}
-    return model.generate(**inputs, past_key_values=cache, **(GREEDY | defaults | options))
+    return model.generate(**inputs, **given(cache), **(GREEDY | defaults | options))
 
 
 def filled(model: Any, cache: Any, inputs: dict[str, torch.Tensor]) -> Any:
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **given(cache))
     return cache
 
 

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import assert_close, filled, left_padded, make_model, stock_cache, vattn_cache
+from families import (
+    assert_close,
+    cache_in,
+    filled,
+    given,
+    left_padded,
+    make_model,
+    stock_cache,
+    vattn_cache,
+)
 
 LENGTH = 90
 PROMPT = {"input_ids": left_padded(LENGTH, LENGTH)["input_ids"]}
@@ -45,7 +54,7 @@ def read(model: Any, cache: Any, batch: int = 2, tokens: int = 12) -> torch.Tens
     with torch.no_grad():
         for i in range(tokens):
             position = torch.full((batch, 1), LENGTH + i)
-            out = model(ids[:, i : i + 1], position_ids=position, past_key_values=cache)
+            out = model(ids[:, i : i + 1], position_ids=position, **given(cache))
             logits.append(out.logits)
     return torch.cat(logits, dim=1)
 
@@ -164,7 +173,7 @@ def compressing_while_reading(model: Any, keep: list[Any]) -> Iterator[None]:
     def hook(module: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         if kwargs["hidden_states"].shape[1] > 1:
             layer_idx = module.layer_idx
-            compress(kwargs["past_key_values"].layers[layer_idx], keep[layer_idx])
+            compress(cache_in(kwargs).layers[layer_idx], keep[layer_idx])
 
     with contextlib.ExitStack() as hooks:
         for layer in model.model.layers:

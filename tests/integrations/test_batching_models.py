@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import make_model
+from families import cache_in, make_model
 
 from vattn.integrations.transformers.batching import ContinuousBatch, generate_batch, support
 from vattn.integrations.transformers.batching.attention import no_mask, ragged_attention
@@ -60,7 +60,7 @@ def test_a_model_that_keeps_its_attention_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_a_model_whose_layers_keep_other_types_is_refused() -> None:
     def halve(_module: Any, _args: Any, kwargs: Any, _output: Any) -> None:
-        layer = kwargs["past_key_values"].layers[2]
+        layer = cache_in(kwargs).layers[2]
         layer.keys = layer.keys.half()
 
     model = make_model("llama")

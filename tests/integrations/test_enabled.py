@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import GREEDY, VOCAB, generate, left_padded, make_model, stock_cache
+from families import GREEDY, VOCAB, cache_in, generate, left_padded, make_model, stock_cache
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -55,9 +55,9 @@ def test_generate_uses_it_and_says_the_same(llama: Any) -> None:
     stock = generate(llama, left_padded(5, 9), None)
     with enabled(memory="64MiB"):
         ours = generate(llama, left_padded(5, 9), None)
-    assert type(ours.past_key_values) is VAttnCache
+    assert type(cache_in(ours)) is VAttnCache
     assert ours.sequences.equal(stock.sequences)
-    assert type(generate(llama, left_padded(5), None).past_key_values) is DynamicCache
+    assert type(cache_in(generate(llama, left_padded(5), None))) is DynamicCache
 
 
 def test_a_pipeline_uses_it(llama: Any, opened: list[vattn.KVCache], toy_tokenizer: Any) -> None:
@@ -87,7 +87,7 @@ def test_both_caches_of_an_encoder_decoder_are_ours() -> None:
     with enabled(memory="64MiB"):
         ours = generate(bart, left_padded(5, 9), None)
     assert ours.sequences.equal(stock.sequences)
-    both = ours.past_key_values
+    both = cache_in(ours)
     assert isinstance(both, EncoderDecoderCache)
     assert type(both.self_attention_cache) is type(both.cross_attention_cache) is VAttnCache
 
@@ -132,4 +132,4 @@ def test_what_is_not_ours_stays_as_it_is(llama: Any) -> None:
 def test_an_exception_ends_it(llama: Any) -> None:
     with pytest.raises(KeyError), enabled(memory="64MiB"):
         raise KeyError
-    assert type(generate(llama, left_padded(5), None).past_key_values) is DynamicCache
+    assert type(cache_in(generate(llama, left_padded(5), None))) is DynamicCache

@@ -15,6 +15,7 @@ from families import (
     assert_same,
     assert_varied,
     generate,
+    given,
     left_padded,
     make_model,
     stock_cache,
@@ -91,7 +92,7 @@ def read(model: Any, pair: EncoderDecoderCache, rows: torch.Tensor, *ids: int) -
             decoder_input_ids=torch.tensor([ids] * len(rows)),
             encoder_outputs=(model.get_encoder()(**PROMPTS)[0][rows],),
             attention_mask=PROMPTS["attention_mask"][rows],
-            past_key_values=pair,
+            **given(pair),
         ).logits
 
 

@@ -16,6 +16,7 @@ from families import (
     filled,
     followed_by,
     generate,
+    given,
     left_padded,
     make_model,
     stock_cache,
@@ -194,8 +195,8 @@ def test_tokens_cut_off_the_end_have_left_no_trace(name: str, removed: int) -> N
         read_one_by_one(model, cache, torch.cat([ids[:, 40:-removed], rest.flip(1)], dim=1))
         cache.crop(-removed)
         assert cache.get_seq_length() == 70 - removed
-        after = model(rest, past_key_values=cache).logits
-        assert_close(after, model(rest, past_key_values=stock).logits)
+        after = model(rest, **given(cache)).logits
+        assert_close(after, model(rest, **given(stock)).logits)
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma3"])
@@ -209,5 +210,5 @@ def test_a_window_that_records_its_past_is_cropped_as_in_a_dynamic_cache(name: s
         filled(model, cache, {"input_ids": ids[:, 20:30]})
         cache.crop(-4)
         with torch.no_grad():
-            results.append(model(ids[:, 26:], past_key_values=cache).logits)
+            results.append(model(ids[:, 26:], **given(cache)).logits)
     assert_close(*results)

@@ -9,6 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from families import cache_in  # noqa: E402
+
 from vattn.plan.hf_config import read_config  # noqa: E402
 
 SMALL: dict[str, Any] = {
@@ -46,7 +48,7 @@ def test_a_cache_of_transformers_has_these_tensors(model_type: str, more: dict[s
     plan = read_config(config.to_dict())
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        cache = model(torch.zeros((1, 3), dtype=torch.long), use_cache=True).past_key_values
+        cache = cache_in(model(torch.zeros((1, 3), dtype=torch.long), use_cache=True))
     held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     theirs = sorted((k.keys.shape[1], k.keys.shape[3], k.values.shape[3]) for k in held)
     groups = [group.shape() for group in plan.shape.layer_groups]

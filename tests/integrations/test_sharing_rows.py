@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import (
-    assert_close,
-    filled,
-    left_padded,
-    make_model,
-    stock_cache,
-    vattn_cache,
-)
+from families import assert_close, filled, given, left_padded, make_model, stock_cache, vattn_cache
 from rows_in_common import aliased, contents, count_reorders, whole_bytes
 
 import vattn
@@ -54,7 +47,7 @@ def rows_after_writes(model: Any, cache: Any, repeats: int) -> None:
     tails = torch.arange(2 * repeats)[:, None] % 7
     for turn in range(1, 5):
         with torch.no_grad():
-            model((tails * turn + torch.arange(23)) % 97, past_key_values=cache)
+            model((tails * turn + torch.arange(23)) % 97, **given(cache))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

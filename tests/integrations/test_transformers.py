@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import (
-    assert_same,
-    filled,
-    generate,
-    left_padded,
-    make_model,
-    vattn_cache,
-)
+from families import assert_same, filled, generate, given, left_padded, make_model, vattn_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -80,17 +73,17 @@ def test_beams_that_keep_their_parent_are_not_moved(llama: Any) -> None:
 def test_crop_counts_from_the_end_or_keeps_so_many(llama: Any, count: Any) -> None:
     ids = left_padded(9)["input_ids"]
     with vattn_cache(llama) as cache, torch.no_grad():
-        llama(ids, past_key_values=cache)
+        llama(ids, **given(cache))
         cache.crop(count)
         assert cache.get_seq_length() == 5
         assert cache.kv_caches[0].seq_lens == [5]
-        after = llama(ids[:, 5:], past_key_values=cache).logits
+        after = llama(ids[:, 5:], **given(cache)).logits
         torch.testing.assert_close(after, llama(ids).logits[:, 5:], atol=1e-5, rtol=1e-5)
 
 
 def test_crop_of_more_than_there_is_takes_all(llama: Any) -> None:
     with vattn_cache(llama) as cache, torch.no_grad():
-        llama(left_padded(9)["input_ids"], past_key_values=cache)
+        llama(left_padded(9)["input_ids"], **given(cache))
         cache.crop(20)
         assert cache.get_seq_length() == 9
         cache.crop(-20)
@@ -115,9 +108,9 @@ def test_one_prompt_is_continued_in_several_ways(llama: Any) -> None:
     ids = left_padded(9)["input_ids"]
     tails = torch.tensor([[3, 4], [5, 6], [7, 8]])
     with vattn_cache(llama, max_batch_size=3) as cache, torch.no_grad():
-        llama(ids, past_key_values=cache)
+        llama(ids, **given(cache))
         cache.batch_repeat_interleave(3)
-        after = llama(tails, past_key_values=cache).logits
+        after = llama(tails, **given(cache)).logits
         whole = llama(torch.cat([ids.repeat(3, 1), tails], dim=1)).logits
         torch.testing.assert_close(after, whole[:, 9:], atol=1e-5, rtol=1e-5)
 
@@ -192,9 +185,9 @@ def test_it_serves_inference_mode_and_no_grad_in_turn(llama: Any) -> None:
     ids = left_padded(9)["input_ids"]
     with vattn_cache(llama) as cache:
         with torch.inference_mode():
-            llama(ids, past_key_values=cache)
+            llama(ids, **given(cache))
         with torch.no_grad():
-            llama(ids[:, :1], past_key_values=cache)
+            llama(ids[:, :1], **given(cache))
         assert cache.get_seq_length() == 10
 
 
@@ -256,7 +249,7 @@ def test_training_is_refused(llama: Any) -> None:
         vattn_cache(llama) as cache,
         pytest.raises(NotImplementedError, match=r"torch\.no_grad"),
     ):
-        llama(left_padded(5)["input_ids"], past_key_values=cache)
+        llama(left_padded(5)["input_ids"], **given(cache))
 
 
 def test_offloading_is_not_there_yet(llama: Any) -> None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 import vattn
 from vattn.demo.model import Subject
 from vattn.integrations.transformers import VAttnCache
+from vattn.integrations.transformers.naming import CACHE_ARGUMENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ def _generate(
     start = time.perf_counter()
     output = subject.model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=n_tokens,
         do_sample=False,
         # All rows to the end, so that both caches do the same work.

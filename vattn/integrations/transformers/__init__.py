@@ -1,8 +1,8 @@
 """vattn inside HuggingFace transformers.
 
-:class:`VAttnCache` goes into ``generate`` as ``past_key_values``, :func:`enabled` puts it there for
-you; :func:`generate_batch` serves many requests without padding. Importing this registers
-``attn_implementation="vattn"``.
+:class:`VAttnCache` goes into ``generate`` as ``past_key_values`` (``cache`` from transformers 5.24
+on), :func:`enabled` puts it there for you; :func:`generate_batch` serves many requests without
+padding. Importing this registers ``attn_implementation="vattn"``.
 """
 
 from __future__ import annotations

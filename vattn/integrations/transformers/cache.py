@@ -25,8 +25,9 @@ _UNSTATED_MAX_CACHE_LEN = 131_072
 class VAttnCache(DynamicCache):
     """KV cache for HuggingFace ``generate`` that grows in place, page by page.
 
-    Pass it as ``past_key_values``. New tokens are written behind the others instead of
-    concatenating; attention gets views of exactly the live tokens, so any implementation works.
+    Pass it as ``past_key_values``, which transformers from 5.24 on calls ``cache``. New tokens
+    are written behind the others instead of concatenating; attention gets views of exactly the live
+    tokens, so any implementation works.
 
     Parameters
     ----------

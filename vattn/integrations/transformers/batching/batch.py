@@ -26,6 +26,7 @@ from vattn.integrations.transformers.batching.support import (
     probe_layers,
     switch_attention,
 )
+from vattn.integrations.transformers.naming import cache_argument
 from vattn.units import parse_bytes
 
 
@@ -133,6 +134,7 @@ class ContinuousBatch:
         self._record_timestamps = record_timestamps
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
+        self._cache_argument = cache_argument(model)
         self._takes_indices = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._switch_back = switch_attention(model)
         try:
@@ -286,9 +288,9 @@ class ContinuousBatch:
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=batch.positions[None],
-                past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
+                **{self._cache_argument: self._cache},
                 **({"logits_to_keep": indices} if self._takes_indices else {}),
             ).logits
         return logits[0] if self._takes_indices else logits[0, indices]

@@ -17,6 +17,7 @@ from vattn.integrations.transformers.batching.attention import (
 )
 from vattn.integrations.transformers.batching.rows import LayerShape
 from vattn.integrations.transformers.cpu_attention import attend
+from vattn.integrations.transformers.naming import cache_argument
 
 
 def check_model(model: Any) -> None:
@@ -160,9 +161,9 @@ def probe_layers(model: Any) -> tuple[list[LayerShape], torch.dtype, torch.devic
         model(
             input_ids=token,
             position_ids=token,
-            past_key_values=cache,
             use_cache=True,
             return_dict=True,
+            **{cache_argument(model): cache},
         )
     layers: list[Any] = list(cache.layers)
     if probe.calls < len(layers) or any(layer.keys is None for layer in layers):
