@@ -121,6 +121,18 @@ def test_generate_compiles_buckets(name: str, dynamo: Any) -> None:
         assert kept is not None and kept.shape[2] == min(76, kept.shape[2])
 
 
+def test_assisted_decoding_compiles_buckets_and_cuts_them(llama: Any, dynamo: Any) -> None:
+    inputs = {"input_ids": torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3]])}
+    # Assisted decoding is compiled from transformers 5.24 on.
+    options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 30, "eos_token_id": 96}
+    stock = generate(llama, inputs, None, **options)
+    with vattn_cache(llama, bucket_len=8) as cache:
+        ours = generate(llama, inputs, cache, compile_config=EVERYWHERE, **options)
+        assert cache.get_seq_length() == ours.sequences.shape[1] - 1
+    assert ours.sequences.equal(stock.sequences)
+    assert not dynamo["graph_break"]
+
+
 @pytest.mark.slow
 def test_inductor_compiles_buckets(dynamo: Any) -> None:
     llama = make_model("llama", num_hidden_layers=1)
