@@ -34,7 +34,8 @@ class Round:
     change_at: int | None = None  # after so many steps the budget becomes change_to bytes
     change_to: int = 0
     abort_at: int | None = None  # after so many steps every second request is aborted
-    wait_for: str = ""  # name of a file in the engine's folder; before the round, until it is there
+    wait_for: str = ""  # path of a file: the round begins when it is there
+    until: str = ""  # path of a file: as long as it is not there, requests that ended come again
     forget: bool = False  # the prefix cache before the round
     wait_idle: bool = False  # after the round, until the engine has shrunk
 
@@ -43,13 +44,15 @@ class Round:
 class Report:
     """What a round did: the tokens of each prompt's answers, one answer after the other.
 
-    Memory is None where vattn is not in use.
+    ``again`` has the tokens of requests that came again, with the number of the prompt. Memory is
+    None where vattn is not in use.
     """
 
     tokens: list[list[int]]
     preemptions: int
     prefix_queries: int
     prefix_hits: int
+    again: list[tuple[int, list[int]]] = field(default_factory=list)
     mapped_pages: int | None = None
     unmapped_pages: int | None = None
     peak_bytes: int | None = None
@@ -181,12 +184,16 @@ class Engine:
             self._set_budget(plan.budget)
         before = self._totals()
         found: dict[tuple[str, int], list[int]] = {}
-        self._submit(plan)
+        for i in range(len(plan.prompts)):
+            self._submit(plan, i)
         steps = peak = peak_before = 0
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
                 for answer in output.outputs:
                     found[output.request_id, answer.index] = list(answer.token_ids)
+                if output.finished and plan.until and not Path(plan.until).exists():
+                    number, _, turn = output.request_id.partition(".")
+                    self._submit(plan, int(number), int(turn or 0) + 1)
             steps += 1
             peak = max(peak, self._mapped_bytes())
             if steps == plan.abort_at:
@@ -205,23 +212,33 @@ class Engine:
             memory = self._describe(wait_idle=plan.wait_idle)
             memory |= {"peak_bytes": peak, "peak_before_change": peak_before}
         answers = [(str(i), answer) for i in range(len(plan.prompts)) for answer in range(plan.n)]
-        return Report(tokens=[found.get(key, []) for key in answers], **change, **memory)
+        return Report(
+            tokens=[found.get(key, []) for key in answers],
+            again=[(int(k.partition(".")[0]), found[k, i]) for k, i in found if "." in k],
+            **change,
+            **memory,
+        )
 
     def _set_budget(self, size: int) -> None:
         from vattn.integrations.vllm import set_budget
 
         set_budget(size, name=self.memory.name)
 
-    def _submit(self, plan: Round) -> None:
+    def _submit(self, plan: Round, number: int, turn: int = 0) -> None:
         from vllm import SamplingParams
 
-        for i, (prompt, most) in enumerate(zip(plan.prompts, plan.max_tokens, strict=True)):
-            # vLLM refuses several greedy answers; the best of one token is the same.
-            chosen = {"temperature": 0} if plan.n == 1 else {"temperature": 1, "top_k": 1}
-            sampling = SamplingParams(
-                **chosen, n=plan.n, max_tokens=most, ignore_eos=True, detokenize=False
-            )
-            self.llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
+        # vLLM refuses several greedy answers; the best of one token is the same.
+        chosen = {"temperature": 0} if plan.n == 1 else {"temperature": 1, "top_k": 1}
+        sampling = SamplingParams(
+            **chosen,
+            n=plan.n,
+            max_tokens=plan.max_tokens[number],
+            ignore_eos=True,
+            detokenize=False,
+        )
+        name = f"{number}.{turn}" if turn else str(number)
+        prompt = {"prompt_token_ids": plan.prompts[number]}
+        self.llm.llm_engine.add_request(name, prompt, sampling)
 
     def _totals(self) -> dict[str, int]:
         seen = {metric.name: metric for metric in self.llm.get_metrics()}
@@ -281,7 +298,7 @@ def main(folder: Path) -> None:
     print(STARTED, flush=True)
     with open(folder / "reports.jsonl", "w") as reports:
         for plan in [Round(**described) for described in job["rounds"]]:
-            _wait_for(folder / plan.wait_for)
+            _wait_for(Path(plan.wait_for))
             print(json.dumps(asdict(engine.play(plan))), file=reports, flush=True)
 
 

@@ -6,7 +6,7 @@ as near to each other as that, either is right, and what follows cannot be compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -67,3 +67,22 @@ def assert_same(
     assert not wrong, f"{len(wrong)} of {len(prompts)} requests differ: " + "; ".join(wrong)
     assert ties <= MAX_TIES, f"{ties} ties, at most {MAX_TIES} are believable"
     return ties
+
+
+def assert_same_again(
+    prompts: list[list[int]],
+    stock: list[list[int]],
+    ours: Iterable[tuple[int, list[int]]],
+    logits: Logits,
+) -> int:
+    """Check requests of which each may have come several times: its number, and its tokens.
+
+    A tie that falls out in the same way each time counts once.
+    """
+    found = sorted({(i, tuple(tokens)) for i, tokens in ours})
+    return assert_same(
+        [prompts[i] for i, _ in found],
+        [stock[i] for i, _ in found],
+        [list(tokens) for _, tokens in found],
+        logits,
+    )
