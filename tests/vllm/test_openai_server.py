@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,15 @@ from openai import APIError, OpenAI
 from openai_server import MODEL, Server, traces_of_vattn, wait_until
 from tiny_models import word
 
+from vattn.integrations.vllm import InstanceStatus
+
 # A machine that does other things as well needs minutes to start an engine.
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROMPTS, MAX_TOKENS = requests()
 STREAMS = 8
 IDLE_S = 1.0
+PAGE_BYTES = 64 * 2**10
 END_S = 60.0  # a server whose worker was killed has ended by then
 
 
@@ -73,24 +78,49 @@ def stream(
     return found
 
 
-def stream_all(server: Server, meanwhile: Callable[[], object] = lambda: None) -> list[list[int]]:
-    """Tokens of all requests, of which several are under way at any time."""
-    begun = threading.Event()
+def stream_all(
+    server: Server, meanwhile: Callable[[], object] = lambda: None
+) -> list[tuple[int, list[int]]]:
+    """Stream all requests, of which several are under way at any time.
+
+    They come again until ``meanwhile`` is over. Returns the number of each, and its tokens.
+    """
+    begun, over = threading.Event(), threading.Event()
+    turns = count()
+
+    def lane() -> list[tuple[int, list[int]]]:
+        found = []
+        while (turn := next(turns)) < len(PROMPTS) or not over.is_set():
+            i = turn % len(PROMPTS)
+            found.append((i, stream(server, PROMPTS[i], MAX_TOKENS[i], begun)))
+        return found
+
     with ThreadPoolExecutor(STREAMS) as pool:
-        streams = [
-            pool.submit(stream, server, prompt, most, begun)
-            for prompt, most in zip(PROMPTS, MAX_TOKENS, strict=True)
-        ]
-        assert begun.wait(60)
-        meanwhile()
-        return [one.result() for one in streams]
+        lanes = [pool.submit(lane) for _ in range(STREAMS)]
+        try:
+            assert begun.wait(60)
+            meanwhile()
+        finally:
+            over.set()
+        found = [one for running in lanes for one in running.result()]
+    assert {i for i, _ in found} == set(range(len(PROMPTS)))
+    return found
 
 
-def metric(server: Server, name: str) -> float:
-    """Value of a metric that has one set of labels."""
-    lines = [line for line in server.get("/metrics").splitlines() if line.startswith(name + "{")]
-    assert len(lines) == 1, lines
-    return float(lines[0].split()[-1])
+def metrics(server: Server) -> dict[str, float]:
+    """vattn's metrics, each of which has one set of labels."""
+    found = re.findall(r"^(vattn:\w+)\{.*\} (\S+)$", server.get("/metrics"), re.MULTILINE)
+    names = [name for name, _ in found]
+    assert len(set(names)) == len(names), names
+    # When a counter was made is another metric, by the client's own rules.
+    return {name: float(value) for name, value in found if not name.endswith("_created")}
+
+
+def documented_metrics() -> set[str]:
+    """Names in the table of the documentation."""
+    page = Path(__file__).parents[2] / "docs" / "vllm.md"
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `vattn:")]
+    return {name for row in rows for name in re.findall(r"`(vattn:\w+)`", row)}
 
 
 def wait_for_the_floor(server: Server) -> None:
@@ -105,25 +135,48 @@ def test_streams_have_the_tokens_of_stock(
     server: Server, stock: Report, logits: token_rule.Logits
 ) -> None:
     found = stream_all(server)
-    token_rule.assert_same(PROMPTS, stock.tokens, found, logits)
-    assert metric(server, "vattn:kv_mapped_pages_total") > 0
-    assert metric(server, "vattn:kv_budget_bytes") == TIGHT
+    token_rule.assert_same_again(PROMPTS, stock.tokens, found, logits)
 
 
-def test_streams_have_the_tokens_of_stock_while_a_user_changes_the_budget(
+def test_metrics_say_what_the_memory_did(server: Server) -> None:
+    wait_for_the_floor(server)
+    wait_until(lambda: metrics(server)["vattn:kv_mapped_bytes"] < TIGHT, 5, server.status)
+    told = metrics(server)
+    assert told.keys() == documented_metrics()
+    floor = told["vattn:kv_floor_bytes"]
+    assert floor == server.status().floor_bytes > 0
+    assert told["vattn:kv_mapped_bytes"] == floor
+    assert told["vattn:kv_budget_bytes"] == TIGHT
+    # As the last step left it: the engine has shrunk since.
+    mapped, unmapped = told["vattn:kv_mapped_pages_total"], told["vattn:kv_unmapped_pages_total"]
+    assert floor < floor + (mapped - unmapped) * PAGE_BYTES <= TIGHT
+    assert told["vattn:kv_budget_waits_total"] > 0
+    assert told["vattn:kv_refusals_total"] == 0
+
+
+def test_streams_have_the_tokens_of_stock_while_a_user_raises_and_cuts_the_budget(
     server: Server, stock: Report, logits: token_rule.Logits
 ) -> None:
-    raised = server.vattn("budget", "16MiB", "--name", server.status().name)
-    assert raised.returncode == 0, raised.stderr
-    assert server.status().budget_bytes == 16 * MIB
+    def set_budget(size: str) -> InstanceStatus:
+        done = server.vattn("budget", size, "--name", server.status().name, "--json")
+        assert done.returncode == 0, done.stderr
+        now = InstanceStatus(**json.loads(done.stdout))
+        assert now.running_requests > 0
+        return now
 
-    def cut() -> None:
-        lowered = server.vattn("budget", "2MiB", "--json")
-        assert lowered.returncode == 0, lowered.stderr
-        assert json.loads(lowered.stdout)["budget_bytes"] == TIGHT
+    def raise_and_cut() -> None:
+        assert server.status().mapped_bytes <= TIGHT
+        assert set_budget("16MiB").budget_bytes == 16 * MIB
+        wait_until(lambda: server.status().mapped_bytes > TIGHT, 20, server.status)
+        unmapped = metrics(server)["vattn:kv_unmapped_pages_total"]
+        assert set_budget("2MiB").budget_bytes == TIGHT
+        wait_until(lambda: server.status().mapped_bytes <= TIGHT, 20, server.status)
+        assert server.status().running_requests > 0
+        wait_until(lambda: metrics(server)["vattn:kv_unmapped_pages_total"] > unmapped, 20)
+        assert server.status().running_requests > 0
 
-    found = stream_all(server, meanwhile=cut)
-    token_rule.assert_same(PROMPTS, stock.tokens, found, logits)
+    found = stream_all(server, meanwhile=raise_and_cut)
+    token_rule.assert_same_again(PROMPTS, stock.tokens, found, logits)
     assert server.status().mapped_bytes <= TIGHT
 
 
