@@ -85,12 +85,20 @@ class EngineMemory:
         ------
         ValueError
             A budget that one request of the longest length does not fit in.
+        RuntimeError
+            A worker has planned another buffer than this scheduler has.
         TimeoutError
             The workers did not come.
         """
-        self._server.wait_for_workers(WORKERS_TIMEOUT_S)
-        permanent = self._begin_to_serve()
         geometry, row_frames = self._plan
+        own = {"n_pages": geometry.n_pages, "page_bytes": geometry.page_bytes}
+        for rank, facts in enumerate(self._server.wait_for_workers(WORKERS_TIMEOUT_S)):
+            if facts != own:
+                raise RuntimeError(
+                    f"worker {rank} has a KV buffer of {facts}, but its scheduler expects {own}; "
+                    "this vLLM is not supported, or vattn has a bug"
+                )
+        permanent = self._begin_to_serve()
         budget = geometry.n_pages
         if self.settings.budget_bytes is not None:
             # vLLM rounds its blocks down, so a little too much is no mistake here.

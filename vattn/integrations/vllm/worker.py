@@ -88,7 +88,7 @@ class WorkerMemory:
             self._warm_up = runs_of(np.setdiff1d(everything, np.concatenate((own, shared))))
             for first, count in self._warm_up:
                 self.pages.alias(first, count)
-        facts = {"mapped_pages": self.pages.mapped_pages, "n_pages": self.pages.n_pages}
+        facts = {"n_pages": self.pages.n_pages, "page_bytes": self.pages.page_bytes}
         threading.Thread(target=self._populate, name="vattn-populate", daemon=True).start()
         self._link = WorkerLink(name, rank, self.answer, engine_id=self._engine_id, facts=facts)
 
