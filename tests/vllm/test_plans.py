@@ -59,7 +59,7 @@ def test_layers_of_another_backend_are_refused() -> None:
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=16, dtype=spec.dtype
         )
 
-    with pytest.raises(ValueError, match=r"FullAttentionSpec.*add --attention-backend CUSTOM"):
+    with pytest.raises(ValueError, match=r"FullAttentionSpec.*--attention-backend CUSTOM"):
         plan_of(engine(), buffer("elastic", stock), ELASTIC)
 
 

@@ -34,7 +34,7 @@ OTHERS = [
 # How each start ends, and what its sentence has to say besides.
 SENTENCES = {
     "a misspelt setting": ("ValueError: kv_connector_extra_config has 'buget'", "mean 'budget'"),
-    "several connectors": ("ValueError: ", "--kv-transfer-config"),
+    "several connectors": ("ValueError: the layers have a FullAttentionSpec", "Connector alone"),
     "another role": ("ValueError: vattn cannot serve this engine", "kv_role must be 'kv_both'"),
     "windows in rows": ("NotImplementedError: contiguous rows", 'set "mode": "elastic"'),
     "a small budget": ("ValueError: the budget is 262144 bytes", "lower --max-model-len"),

@@ -41,11 +41,7 @@ class VattnConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         settings = active_settings(vllm_config)
-        if settings is None:
-            raise ValueError(
-                "VattnConnector cannot be one of several connectors, as the blocks of the others "
-                "would have no memory; name it alone in --kv-transfer-config"
-            )
+        assert settings is not None  # vLLM makes what the configuration names
         check_config(vllm_config, settings)
         self._name = engine_name(vllm_config, settings)
         self._worker: WorkerMemory | None = None

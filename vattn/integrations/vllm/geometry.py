@@ -8,6 +8,7 @@ strides are no multiple of the page, neighbouring frames have a page in common.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -89,17 +90,26 @@ class Geometry:
 
     def pages_of(self, frame: int) -> NDArray[np.int64]:
         """Pages that the blocks of a frame touch, ascending, each once."""
-        return self.pages_of_blocks(self.blocks_of(frame))
+        return np.unique(self.uses_by([frame]))
+
+    def uses_by(self, frames: Iterable[int]) -> NDArray[np.int64]:
+        """Pages that the blocks of frames touch: once for each frame and stripe that does."""
+        starts = np.fromiter(frames, np.int64) * self.frame_blocks
+        return self._touched(starts, np.minimum(starts + self.frame_blocks, self.num_blocks))
 
     def pages_of_blocks(self, blocks: range) -> NDArray[np.int64]:
         """Pages that consecutive blocks touch, ascending, each once."""
+        return np.unique(self._touched(np.array([blocks.start]), np.array([blocks.stop])))
+
+    def _touched(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
         offset, stride, length = self._columns
-        first = (offset + blocks.start * stride) // self.page_bytes
-        last = (offset + (blocks.stop - 1) * stride + length - 1) // self.page_bytes
+        first = (offset + starts[:, None] * stride).ravel() // self.page_bytes
+        last = (offset + (stops[:, None] - 1) * stride + length - 1).ravel() // self.page_bytes
         counts = last - first + 1
-        # Each stripe's pages one after the other: 0, 1, 2 ... counted from where the stripe begins.
+        # The pages of each run one after the other: 0, 1, 2 ... counted from where it begins.
         begins = np.cumsum(counts) - counts
-        return np.unique(np.repeat(first - begins, counts) + np.arange(int(counts.sum())))
+        pages: NDArray[np.int64] = np.repeat(first - begins, counts) + np.arange(counts.sum())
+        return pages
 
     @cached_property
     def _columns(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -96,7 +96,7 @@ class PageLedger:
         self.mapped_pages = 0
         self.budget_pages = min(budget_pages, geometry.n_pages)
         self._call = call
-        self._frames_on = np.zeros(geometry.n_pages, np.int32)
+        self._frames_on = np.zeros(geometry.n_pages, np.int32)  # backed ones; for each stripe once
         self._backed = np.zeros(geometry.n_frames, np.bool_)
         self._n_backed = 0
         self._lowest_unbacked = 0  # no frame below it is without memory
@@ -183,8 +183,8 @@ class PageLedger:
         for frame in frames:
             if n_pages <= 0:
                 break
-            pages = self.geometry.pages_of(frame)
-            left[pages] -= 1
+            pages, uses = np.unique(self.geometry.uses_by([frame]), return_counts=True)
+            left[pages] -= uses
             n_pages -= int(np.count_nonzero(left[pages] == 0))
             enough.append(frame)
         return enough
@@ -256,24 +256,16 @@ class PageLedger:
             raise OutOfStepError(self._broken)
 
     def _missing(self, frames: Iterable[int]) -> NDArray[np.int64]:
-        pages = self._pages(frames)
+        pages = np.unique(self.geometry.uses_by(frames))
         return pages[self._frames_on[pages] == 0]
 
     def _no_longer_used(self, frames: Iterable[int]) -> NDArray[np.int64]:
-        each = [self.geometry.pages_of(frame) for frame in frames]
-        if not each:
-            return np.zeros(0, np.int64)
-        pages, uses = np.unique(np.concatenate(each), return_counts=True)
+        pages, uses = np.unique(self.geometry.uses_by(frames), return_counts=True)
         return pages[self._frames_on[pages] == uses]
 
-    def _pages(self, frames: Iterable[int]) -> NDArray[np.int64]:
-        each = [self.geometry.pages_of(frame) for frame in frames]
-        return np.unique(np.concatenate(each)) if each else np.zeros(0, np.int64)
-
     def _commit(self, frames: Sequence[int], change: int) -> None:
-        for frame in frames:
-            self._frames_on[self.geometry.pages_of(frame)] += change
-            self._backed[frame] = change > 0
+        np.add.at(self._frames_on, self.geometry.uses_by(frames), change)
+        self._backed[list(frames)] = change > 0
         self._n_backed += change * len(frames)
         if change < 0:
             self._lowest_unbacked = min([self._lowest_unbacked, *frames])

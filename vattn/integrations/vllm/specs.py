@@ -139,7 +139,8 @@ def _check_ours(spec: KVCacheSpec, config: VllmConfig, settings: Settings) -> No
     if not isinstance(spec, ElasticFullSpec | ElasticSlidingSpec | ContiguousSpec):
         raise ValueError(
             f"the layers have a {type(spec).__name__}, so vattn's attention backend is not in "
-            "use; add --attention-backend CUSTOM, or leave --kv-transfer-config out"
+            "use; name VattnConnector alone in --kv-transfer-config and, but for the CPU, add "
+            "--attention-backend CUSTOM, or leave --kv-transfer-config out"
         )
     rows = spec.blocks_per_row if isinstance(spec, ContiguousSpec) else None
     wanted = blocks_per_row(spec, config, settings) if settings.mode == "contiguous" else None
