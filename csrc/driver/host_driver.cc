@@ -25,6 +25,7 @@
 namespace vattn {
 namespace {
 
+constexpr size_t kPopulateBytes = 256 * kKiB;
 constexpr int kPlaceholder = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 void* pointer(uintptr_t address) {
@@ -159,9 +160,13 @@ class HostVmmDriver final : public VmmDriver {
 
   void populate(uintptr_t base, size_t bytes) noexcept override {
     if (process_.forked() || use_ == HostUse::kRehearsal) return;
-    if (madvise(pointer(base), bytes, MADV_POPULATE_WRITE) != 0) {
+    // The kernel keeps others from mapping until a call is over, so none is long.
+    for (size_t done = 0; done < bytes; done += kPopulateBytes) {
+      const size_t piece = std::min(bytes - done, kPopulateBytes);
+      if (madvise(pointer(base + done), piece, MADV_POPULATE_WRITE) == 0) continue;
       log_line(LogLevel::kDebug, "populate skipped call=madvise code=%d base=0x%zx bytes=%zu",
-               errno, base, bytes);
+               errno, base + done, bytes - done);
+      return;
     }
   }
 

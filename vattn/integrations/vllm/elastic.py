@@ -40,7 +40,7 @@ class ElasticPool:
 
     # Memory that is mapped ahead of the blocks that will be in it, once new memory is what blocks
     # get. The workers have half of it to fault in while the other half is handed out.
-    ahead_bytes = 16 * 2**20
+    ahead_bytes = 32 * 2**20
 
     # By the id of the pool, which lives as long as the one over it does.
     _of: ClassVar[weakref.WeakValueDictionary[int, ElasticPool]] = weakref.WeakValueDictionary()
