@@ -7,7 +7,7 @@ which lost its memory meanwhile, or which somebody else wrote, is noticed when i
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ LAYERS = 2
 LAYER_BYTES = BLOCK_SIZE * HEADS * 2 * HEAD_SIZE * 4  # of one block
 WINDOW = 9
 MAX_TOKENS = 64
+_HAS_HASH_BLOCK_SIZE = any(field.name == "hash_block_size" for field in fields(KVCacheConfig))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class Shape:
         if self.kind == "hybrid":
             specs.append(ElasticSlidingSpec(**sizes, sliding_window=WINDOW))
         names = [[f"{g}.{layer}" for layer in range(LAYERS)] for g in range(len(specs))]
+        # Not in vLLM 0.31.
+        hashing = {"hash_block_size": BLOCK_SIZE} if _HAS_HASH_BLOCK_SIZE else {}
         return KVCacheConfig(
             num_blocks=self.num_blocks,
             # The groups lie over each other: a block belongs to one of them at a time.
@@ -93,7 +96,7 @@ class Shape:
                 KVCacheGroupSpec(layers, spec) for layers, spec in zip(names, specs, strict=True)
             ],
             kv_cache_layout=self.layout,
-            hash_block_size=BLOCK_SIZE,
+            **hashing,
         )
 
 
