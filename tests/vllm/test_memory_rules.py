@@ -59,6 +59,24 @@ def test_memory_is_mapped_ahead_once_blocks_get_new_memory() -> None:
     assert 3 <= len(calls) <= 2 + 4
 
 
+def test_a_worker_without_memory_to_map_ahead_has_some_for_who_waits() -> None:
+    walk = walk_of("elastic", num_blocks=512)
+    walk.pool.ahead_bytes = 8 * walk.ledger.frame_pages * walk.shape.page_bytes
+    before = walk.ledger._call
+
+    def call(request: dict[str, Any]) -> list[dict[str, Any]]:
+        n_pages = sum(n for _, n in request["runs"])
+        walk.workers.refuse = n_pages > walk.ledger.frame_pages  # there is only so much
+        return before(request)
+
+    walk.ledger._call = call  # type: ignore[method-assign]
+    walk.workers.limit = walk.ledger.budget_pages
+    for i in range(6):
+        assert start(walk, f"r{i}", BLOCK_SIZE) is not None, i
+    assert walk.ledger.counters.refusals > 0
+    assert walk.ledger.counters.budget_waits == 0
+
+
 def test_nothing_is_mapped_ahead_while_blocks_that_have_memory_are_used_again() -> None:
     walk = walk_of("elastic", num_blocks=512)
     walk.workers.limit = walk.ledger.budget_pages

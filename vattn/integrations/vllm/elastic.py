@@ -252,8 +252,8 @@ class ElasticPool:
             n_blocks -= self._n_blocks(frame)
         return frames if n_blocks <= 0 else None
 
-    def _back(self, frames: Sequence[int]) -> bool:
-        if not self._ledger().back(frames):
+    def _back(self, frames: Sequence[int], *, ahead: bool = False) -> bool:
+        if not self._ledger().back(frames, ahead=ahead):
             return False
         self._add_fresh(frames)
         return True
@@ -302,9 +302,9 @@ class ElasticPool:
         # In one call to the workers, and more than are wanted; but no more than there is room for.
         ledger = self._ledger()
         wanted = -(-max(n_blocks, self._ahead_blocks) // ledger.geometry.frame_blocks)
-        most = min(wanted, ledger.room // ledger.frame_pages)
+        most = min(wanted, ledger.room_ahead // ledger.frame_pages)
         frames = list(islice(ledger.unbacked_frames(), most))
-        return bool(frames) and self._back(frames)
+        return bool(frames) and self._back(frames, ahead=True)
 
     def _from_new_frames(self, n_blocks: int) -> KVCacheBlock | None:
         return self._uncached() if self._map_new_frames(n_blocks) else None

@@ -101,6 +101,7 @@ class PageLedger:
         self._n_backed = 0
         self._lowest_unbacked = 0  # no frame below it is without memory
         self._refused_until = 0.0
+        self._refused_ahead_until = 0.0
         self._broken: str | None = None
 
     def set_budget(self, pages: int) -> None:
@@ -139,6 +140,11 @@ class PageLedger:
         if time.monotonic() < self._refused_until:
             return 0
         return max(0, self.budget_pages - self.mapped_pages)
+
+    @property
+    def room_ahead(self) -> int:
+        """Pages that may still be mapped although nobody waits for them."""
+        return 0 if time.monotonic() < self._refused_ahead_until else self.room
 
     @property
     def over(self) -> int:
@@ -204,8 +210,15 @@ class PageLedger:
             self.mapped_pages += n_physical
             self.floor_pages = max(self.floor_pages, self.mapped_pages)
 
-    def back(self, frames: Sequence[int]) -> bool:
+    def back(self, frames: Sequence[int], *, ahead: bool = False) -> bool:
         """Give memory to frames that have none, on all workers, or to none of them.
+
+        Parameters
+        ----------
+        frames : sequence of int
+            Without memory.
+        ahead : bool
+            Nobody waits for it: if a worker has not so much, somebody may still get less.
 
         Returns
         -------
@@ -220,7 +233,9 @@ class PageLedger:
                 return False
             if len(pages) and not self._map(pages):
                 self.counters.refusals += 1
-                self._refused_until = time.monotonic() + REFUSAL_S
+                self._refused_ahead_until = time.monotonic() + REFUSAL_S
+                if not ahead:
+                    self._refused_until = self._refused_ahead_until
                 return False
             self._commit(frames, +1)
             self.mapped_pages += len(pages)
