@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from tempfile import TemporaryDirectory
 
 import pytest
 from backends import Backend, double_in_use
@@ -31,6 +33,15 @@ def libcuda_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
         pytest.skip("a real libcuda is loaded; the double needs a process of its own")
     with double_in_use(monkeypatch) as library:
         yield library
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    """A runtime directory for the sockets of this test, and what is closed before it goes."""
+    with TemporaryDirectory() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        with ExitStack() as opened:
+            yield opened
 
 
 @pytest.fixture

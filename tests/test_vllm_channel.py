@@ -9,10 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -28,15 +27,7 @@ from vattn.integrations.vllm.channel import (
 
 Json = dict[str, Any]
 PATIENCE_S = 20.0
-
-
-@pytest.fixture(autouse=True)
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
-    """A runtime directory of this test, and whatever is to be closed before it goes."""
-    with TemporaryDirectory() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        with ExitStack() as opened:
-            yield opened
+pytestmark = pytest.mark.usefixtures("stack")
 
 
 def echo(request: Json) -> Json:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -25,19 +24,11 @@ from vattn.integrations.vllm.channel import (
 
 Json = dict[str, Any]
 PATIENCE_S = 20.0
+pytestmark = pytest.mark.usefixtures("stack")
 
 
 def echo(request: Json) -> Json:
     return {"echo": request}
-
-
-@pytest.fixture(autouse=True)
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
-    """A runtime directory of this test, and whatever is to be closed before it goes."""
-    with TemporaryDirectory() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        with ExitStack() as opened:
-            yield opened
 
 
 @pytest.fixture

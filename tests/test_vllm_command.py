@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -47,14 +46,6 @@ class Engine:
                 raise RuntimeError("worker 1: no memory")
             self.told = replace(self.told, budget_bytes=size)
         return {"status": asdict(self.told)}
-
-
-@pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
-    with TemporaryDirectory() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        with ExitStack() as opened:
-            yield opened
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,8 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -22,14 +21,10 @@ PATIENCE_S = 20.0
 
 
 @pytest.fixture(autouse=True)
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
-    """A runtime directory of this test, and whatever is to be closed before it goes."""
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> None:
+    """Workers whose attempts follow each other soon."""
     monkeypatch.setattr(worker_link, "_RETRY_REFUSED_S", 0.03)
     monkeypatch.setattr(worker_link, "_LAST_LOOK_S", 0.1)
-    with TemporaryDirectory() as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        with ExitStack() as opened:
-            yield opened
 
 
 @pytest.fixture

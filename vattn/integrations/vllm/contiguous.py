@@ -46,11 +46,9 @@ class ContiguousManager(FullAttentionManager):
         self.ledger = ledger
 
     def new_step_starts(self) -> None:
-        """Keep other threads from taking memory until the step has been scheduled."""
+        """Tell the ledger as well."""
         super().new_step_starts()
-        ledger = self._ledger()
-        with ledger.lock:
-            ledger.stepping = True
+        self._ledger().step_begins()
 
     @classmethod
     def find_longest_cache_hit(

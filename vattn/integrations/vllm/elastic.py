@@ -82,11 +82,9 @@ class ElasticPool:
             self._permanent = {0}
 
     def step_begins(self) -> None:
-        """Keep other threads from taking memory until the step has been scheduled."""
-        ledger = self._ledger()
-        with ledger.lock:
-            ledger.stepping = True
-            self.settle()
+        """Keep other threads from taking memory, and see what they have taken."""
+        self._ledger().step_begins()
+        self.settle()
 
     # Admission.
 

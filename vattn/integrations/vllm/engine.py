@@ -171,7 +171,7 @@ class EngineMemory:
             if self.ledger.over or self._was_over:
                 self._pool.enforce_budget()
             self._was_over = self.ledger.over > 0
-            self.ledger.stepping = False
+            self.ledger.step_ends()
 
     # On other threads.
 

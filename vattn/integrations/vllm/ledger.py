@@ -104,6 +104,16 @@ class PageLedger:
         self._refused_ahead_until = 0.0
         self._broken: str | None = None
 
+    def step_begins(self) -> None:
+        """Keep other threads from taking memory until the step has been scheduled."""
+        with self.lock:
+            self.stepping = True
+
+    def step_ends(self) -> None:
+        """Let other threads take memory again."""
+        with self.lock:
+            self.stepping = False
+
     def set_budget(self, pages: int) -> None:
         """Set the budget. What is mapped beyond it is for the caller to give back.
 
